@@ -7,10 +7,11 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?= --quick
 
-# Nothing below fetches models or data; idle threads yield their core; tokenizers do not fork threads.
+# Nothing below fetches models or data; idle threads yield their core; tokenizers keep to one thread; mkdocs does not advertise.
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
 
 INPUTS := pyproject.toml constraints.txt
 PACKAGE_STAMP := $(VENV)/.installed
