@@ -1,0 +1,242 @@
+"""One model, its methods in order, their loss terms and their plan: everything but the trainer.
+
+The callbacks drive a :class:`Compressor`; so can a bare PyTorch loop::
+
+    compressor = Compressor(model, [SoftThresholdRankConfig(target_params=0.5)])
+    compressor.prepare()
+    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=2e-5)
+    for step, batch in enumerate(batches):
+        compressor.update(step / len(batches))
+        loss = model(**batch).loss + sum(compressor.take_loss_terms().values())
+        loss.backward()
+        compressor.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    plan = compressor.convert()
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.auxiliary import AuxiliaryOptimizer
+from lightning_compress.losses import TERMS
+from lightning_compress.methods import METHODS, MethodConfig, MethodHandle, config_from_dict, method_named, restore
+from lightning_compress.nn.surgery import Ledger
+from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
+
+__all__ = ["Compressor"]
+
+_STATE_SCHEMA = 1
+
+
+class Compressor:
+    """Runs the verbs of several methods over one model, in the order in which they compose.
+
+    Args:
+        model: The transformers model to compress.
+        configs: Method configurations, in any order, each method once.
+
+    Raises:
+        ValueError: If a method is given twice.
+    """
+
+    def __init__(self, model: nn.Module, configs: Iterable[MethodConfig] = ()) -> None:
+        self.model = model
+        self.configs: dict[str, MethodConfig] = {}
+        self.handles: dict[str, MethodHandle] = {}
+        self._records: tuple[MethodRecord, ...] = ()
+        self._ledgers: list[Ledger] = []
+        self._auxiliary = AuxiliaryOptimizer(())
+        self._taken: set[str] = set()
+        self._stale: list[nn.Parameter] = []
+        for config in configs:
+            self.add(config)
+
+    def add(self, config: MethodConfig) -> None:
+        """Register a method; the order of calls does not matter.
+
+        Raises:
+            ValueError: If the method is registered already, with the same or a contradictory configuration.
+        """
+        known = self.configs.get(config.stem)
+        if known is not None:
+            raise ValueError(
+                f"{config.stem} is asked for twice, with {known} and {config}: keep one of the two callbacks"
+            )
+        self.configs = {s: c for s in METHODS for c in [*self.configs.values(), config] if c.stem == s}
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether trainable machinery is installed."""
+        return bool(self.handles)
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the model is in its deployed structure."""
+        return bool(self._records) and not self.handles
+
+    @property
+    def is_on_target(self) -> bool:
+        """Whether every method meets its target; a converted model does."""
+        return self.is_converted or (self.is_prepared and all(h.is_on_target for h in self.handles.values()))
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan of the model as it is now."""
+        model_type = self.model.config.model_type  # type: ignore[union-attr]
+        prepared = tuple(MethodRecord(s, "prepared", h.config.to_dict()) for s, h in self.handles.items())
+        return CompressionPlan(model_type, self._records + prepared)
+
+    def prepare(self) -> None:
+        """Install the trainable machinery of every method.
+
+        Raises:
+            ValueError: If the model is prepared or converted already, or a method cannot be installed.
+        """
+        if self.is_prepared or self.is_converted:
+            state = "prepared" if self.is_prepared else "converted"
+            raise ValueError(f"the model is {state} already: a compressor prepares a model once")
+        for stem, config in self.configs.items():
+            self.handles[stem] = method_named(stem).prepare(self.model, config)
+        self._follow_handles()
+
+    def update(self, progress: float) -> None:
+        """Move every method's ramps and phases; call before each optimizer step with progress in [0, 1]."""
+        for stem, handle in self.handles.items():
+            method_named(stem).update(handle, progress)
+            stale = handle.pop_stale_moments()
+            self._auxiliary.forget(stale)
+            self._stale += stale
+
+    def begin_step(self) -> None:
+        """Forget which loss terms were taken: a new forward pass begins."""
+        self._taken = set()
+
+    def take_loss_terms(self, stem: str | None = None) -> dict[str, Tensor]:
+        """Return weighted scalar loss terms by name ``<stem>/<term>`` and mark them as taken.
+
+        Args:
+            stem: One method, or None for all that nobody took since :meth:`begin_step`.
+        """
+        stems = [s for s in self.handles if s not in self._taken] if stem is None else [stem]
+        self._taken.update(stems)
+        handles = {s: self.handles[s] for s in stems if s in self.handles}
+        return {f"{s}/{name}": term for s, h in handles.items() for name, term in TERMS[s](h).items()}
+
+    def step(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Step the auxiliary parameters and clear moments that a change of phase made stale in ``optimizers``."""
+        self._auxiliary.step(scaler)
+        self.clear_stale_moments(optimizers)
+
+    def clear_stale_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Give parameters whose meaning changed fresh moments in the user's optimizers."""
+        for optimizer in optimizers:
+            for parameter in self._stale:
+                optimizer.state.pop(parameter, None)
+        self._stale = []
+
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the private optimizer owns; keep them out of other optimizers."""
+        return self._auxiliary.parameters
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All trainable parameters of the model but the auxiliary ones."""
+        auxiliary = {id(p) for p in self.auxiliary_parameters()}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in auxiliary]
+
+    def successors(self) -> dict[int, list[nn.Parameter]]:
+        """Map the id of each replaced parameter to the parameters that took its place."""
+        return {key: heirs for ledger in self._all_ledgers() for key, heirs in ledger.successors().items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Quantities worth logging, as ``compress/<stem>/<quantity>``."""
+        return {f"compress/{s}/{name}": value for s, h in self.handles.items() for name, value in h.metrics().items()}
+
+    def convert(self) -> CompressionPlan:
+        """Bake every method into plain modules; the model is physically smaller afterwards.
+
+        Raises:
+            ValueError: If the model is not prepared.
+        """
+        if not self.is_prepared:
+            state = "converted already" if self.is_converted else "not prepared"
+            raise ValueError(f"the model is {state}: convert needs a model in training form")
+        for stem, handle in list(self.handles.items()):
+            structure = method_named(stem).convert(handle)
+            self._records += (MethodRecord(stem, "converted", handle.config.to_dict(), structure),)
+            self._ledgers.append(handle.ledger)
+        self.handles = {}
+        self._follow_handles()
+        return self.plan
+
+    def apply_plan(self, plan: CompressionPlan) -> None:
+        """Give the model the structure of a plan, growing or shrinking it; the weights are to be loaded next.
+
+        Raises:
+            PlanError: If the plan does not belong to this model.
+        """
+        if _shape_of(plan) == _shape_of(self.plan):
+            self._warn_of_changed_configs(plan)
+            return
+        for ledger in reversed(self._all_ledgers()):
+            ledger.revert()
+        self.handles, self._records, self._ledgers = {}, (), []
+        done = [record for record in plan.methods if record.stage == "converted"]
+        self._ledgers = restore(self.model, CompressionPlan(plan.model_type, tuple(done)))
+        self._records = tuple(done)
+        for record in plan.methods[len(done) :]:
+            method = method_named(record.method)
+            try:
+                config = self.configs.get(record.method) or config_from_dict(method.Config, record.config)
+            except (TypeError, ValueError) as error:
+                raise PlanError(f"plan holds an unusable configuration of {record.method}: {error}") from error
+            self.handles[record.method] = method.prepare(self.model, config)
+        self._warn_of_changed_configs(plan)
+        self._follow_handles()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what neither the model nor its plan holds: phases and the private optimizer."""
+        handles = {stem: handle.state_dict() for stem, handle in self.handles.items()}
+        return {"schema": _STATE_SCHEMA, "handles": handles, "auxiliary": self._auxiliary.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`state_dict`, after :meth:`apply_plan`.
+
+        Raises:
+            PlanError: If the state is of an unknown schema or for other methods.
+        """
+        if state.get("schema") != _STATE_SCHEMA or set(state["handles"]) != set(self.handles):
+            raise PlanError(
+                f"compression state has schema {state.get('schema')!r} and methods {sorted(state.get('handles', ()))}; "
+                f"expected schema {_STATE_SCHEMA} and methods {sorted(self.handles)}"
+            )
+        for stem, handle in self.handles.items():
+            handle.load_state_dict(state["handles"][stem])
+        self._auxiliary.load_state_dict(state["auxiliary"])
+
+    def _all_ledgers(self) -> list[Ledger]:
+        return self._ledgers + [handle.ledger for handle in self.handles.values()]
+
+    def _follow_handles(self) -> None:
+        self._auxiliary = AuxiliaryOptimizer(self.handles.values())
+
+    def _warn_of_changed_configs(self, plan: CompressionPlan) -> None:
+        for record in plan.methods:
+            config = self.configs.get(record.method)
+            if config is not None and record.stage == "prepared" and config.to_dict() != record.config:
+                changed = {k: (record.config.get(k), v) for k, v in config.to_dict().items() if record.config.get(k) != v}
+                warnings.warn(
+                    f"{record.method} was saved with other settings than it now has (saved, now): {changed}; "
+                    "the present settings are used",
+                    stacklevel=2,
+                )
+
+
+def _shape_of(plan: CompressionPlan) -> list[tuple[str, str, str]]:
+    return [(r.method, r.stage, repr(sorted(r.structure.items()))) for r in plan.methods]

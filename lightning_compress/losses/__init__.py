@@ -1,0 +1,18 @@
+"""What is minimised: free functions first, mixins for users with an objective of their own last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_compress.losses import soft_threshold_rank
+from lightning_compress.losses.base import LossMixin
+from lightning_compress.losses.soft_threshold_rank import SoftThresholdRankLossMixin
+
+__all__ = ["TERMS", "LossMixin", "SoftThresholdRankLossMixin"]
+
+TERMS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "soft_threshold_rank": soft_threshold_rank.terms,
+}

@@ -1,0 +1,46 @@
+"""What loss mixins share: they ask the compressor on the module for terms, and mark them as taken.
+
+A user with an objective of his own inherits a mixin and calls :meth:`LossMixin.total_loss`, or one named term, in
+``training_step``; the automatic addition by the callback then steps aside for that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["LossMixin", "TermSource"]
+
+
+class TermSource(Protocol):
+    """Where terms come from: the compressor, or a stand-in."""
+
+    def take_loss_terms(self, stem: str | None = None) -> Mapping[str, Tensor]:
+        """Return the weighted terms of all methods or of one, and mark them as taken for this step."""
+        ...
+
+
+class LossMixin:
+    """Gives a module access to the compression terms of the current step."""
+
+    compressor: TermSource | None
+
+    def compression_terms(self, stem: str | None = None) -> Mapping[str, Tensor]:
+        """Return the weighted scalar loss terms by name (``<stem>/<term>``), of one method or of all.
+
+        Raises:
+            RuntimeError: If no compression callback is active on this module.
+        """
+        compressor = getattr(self, "compressor", None)
+        if compressor is None:
+            raise RuntimeError(
+                f"{type(self).__name__} asks for compression terms, but no compression callback is active: add one, "
+                "e.g. Trainer(callbacks=[SoftThresholdRank()])"
+            )
+        return compressor.take_loss_terms(stem)
+
+    def total_loss(self, task_loss: Tensor) -> Tensor:
+        """Return the task loss plus every compression term of this step."""
+        return sum(self.compression_terms().values(), start=task_loss)

@@ -1,0 +1,43 @@
+"""The methods, in the order in which they compose: slim, factorise, drop or exit, quantise."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_compress.methods import soft_threshold_rank
+from lightning_compress.methods.base import MethodConfig, MethodHandle, MethodModule, config_from_dict
+from lightning_compress.nn.surgery import Ledger
+from lightning_compress.plan import CompressionPlan, PlanError
+
+__all__ = ["METHODS", "MethodConfig", "MethodHandle", "MethodModule", "config_from_dict", "method_named", "restore"]
+
+METHODS: dict[str, MethodModule] = {
+    "soft_threshold_rank": soft_threshold_rank,  # type: ignore[dict-item]
+}
+
+
+def method_named(stem: str) -> MethodModule:
+    """Return a method by stem.
+
+    Raises:
+        PlanError: If this release does not know it.
+    """
+    if stem not in METHODS:
+        raise PlanError(f"unknown method {stem!r}; this release knows {sorted(METHODS)}")
+    return METHODS[stem]
+
+
+def restore(model: nn.Module, plan: CompressionPlan) -> list[Ledger]:
+    """Rebuild a converted plan's structure on a fresh, possibly meta-device model, without weights.
+
+    Raises:
+        PlanError: If the plan is for another family, names an unknown method, is still in training form, or does
+            not fit the model; nothing has been allocated then.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if plan.model_type != model_type:
+        raise PlanError(f"plan is for model_type {plan.model_type!r}, the model is {model_type!r}")
+    for record in plan.methods:
+        if record.stage != "converted":
+            raise PlanError(f"plan holds {record.method} in training form: convert the model before saving it")
+    return [method_named(record.method).restore(model, record.structure) for record in plan.methods]

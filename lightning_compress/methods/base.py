@@ -1,0 +1,106 @@
+"""What every method offers: four verbs over a model, and a handle that the compressor can drive.
+
+A method is a module with the functions ``prepare``, ``update``, ``convert`` and ``restore`` and a ``Config``
+dataclass. ``prepare`` returns a handle; this file states what the rest of the library may ask of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+
+from lightning_compress.nn.surgery import Ledger
+
+__all__ = ["MethodConfig", "MethodHandle", "MethodModule", "config_from_dict"]
+
+
+class MethodConfig:
+    """Base of the frozen configuration dataclasses; ``stem`` names the method everywhere."""
+
+    stem: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values (tuples become lists)."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def config_from_dict(config_class: type[MethodConfig], data: dict[str, Any]) -> MethodConfig:
+    """Rebuild a configuration from plain values.
+
+    Raises:
+        ValueError: If a field is unknown to this release, or a value is out of its range.
+    """
+    known = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no fields {unknown}; it knows {sorted(known)}")
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+
+
+@runtime_checkable
+class MethodHandle(Protocol):
+    """One prepared method on one model."""
+
+    model: nn.Module
+    config: Any
+    ledger: Ledger
+
+    @property
+    def phase(self) -> str:
+        """Name of the current phase, for logs and reports."""
+        ...
+
+    @property
+    def is_on_target(self) -> bool:
+        """Whether the model, converted now, would meet the user's target."""
+        ...
+
+    @property
+    def auxiliary_lr(self) -> float:
+        """Learning rate of the auxiliary parameters for the coming step; 0 means they rest."""
+        ...
+
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
+        """Parameters (thresholds, multipliers) that the compressor's private optimizer owns."""
+        ...
+
+    def pop_stale_moments(self) -> list[nn.Parameter]:
+        """Parameters whose optimizer moments became meaningless since the last call."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Quantities worth logging, without the ``compress/<stem>/`` prefix."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that neither parameters nor buffers hold, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state_dict`."""
+        ...
+
+
+class MethodModule(Protocol):
+    """The module of a method, as the registry sees it."""
+
+    Config: type[MethodConfig]
+
+    def prepare(self, model: nn.Module, config: Any) -> MethodHandle:
+        """Install trainable machinery; the model's outputs stay the same up to rounding."""
+        ...
+
+    def update(self, handle: Any, progress: float) -> None:
+        """Move ramps and phases; ``progress`` in [0, 1]."""
+        ...
+
+    def convert(self, handle: Any) -> dict[str, Any]:
+        """Bake the machinery into plain modules and return a JSON-able structure."""
+        ...
+
+    def restore(self, model: nn.Module, structure: dict[str, Any]) -> Ledger:
+        """Rebuild a structure on a fresh, possibly meta-device model, without weights."""
+        ...

@@ -1,0 +1,377 @@
+"""SoftThresholdRank: every linear becomes U f(sigma - alpha) V, and the model learns each layer's rank.
+
+The plot in the order of time: the config, :func:`prepare`, :func:`update` (warm-up, search, recovery),
+:func:`convert`, :func:`restore`. How ranks are chosen under a budget stands in
+:mod:`lightning_compress.nn.rank_budget`; the cast is in :mod:`lightning_compress.nn.soft_threshold_rank`.
+
+Paper: SoftLMs (arXiv 2411.10543); schedule after the code of its successor STAR-KV (arXiv 2606.08382).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_compress.methods.base import MethodConfig
+from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.flops import count_parameters
+from lightning_compress.nn.rank_budget import LayerSize, choose_ranks, layer_cost, smallest_size
+from lightning_compress.nn.soft_threshold_rank import LowRankLinear, Mode, SoftThresholdLinear
+from lightning_compress.nn.surgery import Ledger, get_module, is_linear, linear_shape, new_linear, unwrap_adapter
+from lightning_compress.plan import PlanError
+
+__all__ = ["Config", "SoftThresholdRankConfig", "SoftThresholdRankHandle", "convert", "prepare", "restore", "update"]
+
+_RAMP_SHARE = 0.8
+_TRAVEL_SLACK = 2.0
+_MODES: dict[str, Mode] = {"warmup": "open", "search": "gated", "recovery": "pinned"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftThresholdRankConfig(MethodConfig):
+    """What the user may choose; the callback's arguments are these fields."""
+
+    stem: ClassVar[str] = "soft_threshold_rank"
+
+    target_params: float = 0.5
+    """Share of the parameters of ``scope`` to keep, in (0, 1]."""
+    scope: Literal["linear", "encoder", "total"] = "linear"
+    """What ``target_params`` is a share of: the weights of the factorised linears, the layers, or the whole model."""
+    include: tuple[str, ...] = ("*",)
+    """Shell patterns over module paths: which of the family's linears to factorise."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns over module paths: which of them to leave dense."""
+    regularizer: Literal["target", "exp"] = "target"
+    """``"target"``: log of size over a shrinking budget; ``"exp"``: sum of exp(-alpha), stopped at the target."""
+    regularizer_weight: float | None = None
+    """Weight of the regularizer beside the task loss; by default 1 for ``"target"`` and 0.1 for ``"exp"``."""
+    init: Literal["svd", "whitened"] = "whitened"
+    """Decomposition at the end of the warm-up: plain, or whitened by the inputs seen during the warm-up."""
+    warmup: float = 0.1
+    """Share of training before the thresholds move, in [0, 1)."""
+    search_end: float = 0.5
+    """Share of training after which ranks are pinned at the latest, in (warmup, 1]."""
+    sharpness: float = 50.0
+    """Slope s of the gate, positive."""
+    relative: bool = False
+    """Whether thresholds are in units of each layer's largest singular value."""
+    threshold_lr: float | None = None
+    """Learning rate of the thresholds; by default such that they can cross twice the distance they have to."""
+    rank_multiple: int = 16
+    """Kept ranks are rounded up to a multiple of this (matrix units like 16 or 32), at least 1."""
+    dense_above: float = 0.75
+    """A layer stays dense where its two factors would hold more than this share of the dense weights, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        _check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
+        _check(self.scope in ("linear", "encoder", "total"), f"scope={self.scope!r} is not linear, encoder or total")
+        _check(self.regularizer in ("target", "exp"), f"regularizer={self.regularizer!r} is not 'target' or 'exp'")
+        _check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
+        _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+        _check(
+            self.warmup < self.search_end <= 1.0,
+            f"search_end={self.search_end} is outside (warmup={self.warmup}, 1]: ranks are searched between the two",
+        )
+        _check(self.sharpness > 0, f"sharpness={self.sharpness} is not positive")
+        _check(self.threshold_lr is None or self.threshold_lr > 0, f"threshold_lr={self.threshold_lr} is not positive")
+        weight = self.regularizer_weight
+        _check(weight is None or weight >= 0, f"regularizer_weight={weight} is negative")
+        _check(self.rank_multiple >= 1, f"rank_multiple={self.rank_multiple} is below 1")
+        _check(0.0 < self.dense_above <= 1.0, f"dense_above={self.dense_above} is outside (0, 1]")
+        object.__setattr__(self, "include", _patterns(self.include))
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
+
+
+Config = SoftThresholdRankConfig
+
+
+@dataclass
+class SoftThresholdRankHandle:
+    """A model whose linears are in training form."""
+
+    model: nn.Module
+    config: SoftThresholdRankConfig
+    ledger: Ledger
+    layers: dict[str, SoftThresholdLinear]
+    budget: int
+    """Weights that the factorised linears may hold together."""
+    phase: Literal["warmup", "search", "recovery"] = "warmup"
+    progress: float = 0.0
+    auxiliary_lr: float = 0.0
+    _stale: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[str, LayerSize]:
+        """Shapes of the factorised linears by path."""
+        return {path: LayerSize(layer.in_features, layer.out_features) for path, layer in self.layers.items()}
+
+    @property
+    def size(self) -> int:
+        """Weights the factorised linears would hold if converted now."""
+        c = self.config
+        costs = (layer_cost(s, self.layers[p].rank, c.rank_multiple, c.dense_above) for p, s in self.sizes.items())
+        return sum(costs)
+
+    @property
+    def dense_size(self) -> int:
+        """Weights of the same linears in dense form."""
+        return sum(size.dense for size in self.sizes.values())
+
+    @property
+    def scheduled_budget(self) -> float:
+        """The budget of this moment: from the dense size down to the target, geometric, done at 80 % of the search."""
+        c = self.config
+        end = c.warmup + _RAMP_SHARE * (c.search_end - c.warmup)
+        share = min(max((self.progress - c.warmup) / (end - c.warmup), 0.0), 1.0)
+        return self.dense_size * (self.budget / self.dense_size) ** share
+
+    @property
+    def is_on_target(self) -> bool:
+        """Whether the ranks are pinned within the budget."""
+        return self.phase == "recovery" and self.size <= self.budget
+
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
+        """The thresholds."""
+        return [layer.alpha for layer in self.layers.values()]
+
+    def pop_stale_moments(self) -> list[nn.Parameter]:
+        """The factors and thresholds, after each change of phase."""
+        stale, self._stale = self._stale, []
+        return stale
+
+    def metrics(self) -> dict[str, float]:
+        """Size ratio over the factorised linears, mean rank ratio and mean threshold."""
+        layers = list(self.layers.values())
+        return {
+            "size_ratio": self.size / self.dense_size,
+            "rank_ratio": sum(layer.rank / layer.full_rank for layer in layers) / len(layers),
+            "threshold": sum(float(layer.alpha.detach()) for layer in layers) / len(layers),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, progress and gathered moments; thresholds, factors and masks are in the model's own state."""
+        moments = {p: layer.moment_II.clone() for p, layer in self.layers.items() if layer.moment_II is not None}
+        state = {"phase": self.phase, "progress": self.progress, "auxiliary_lr": self.auxiliary_lr}
+        return {**state, "moments": moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the phase, in the layers too."""
+        self.progress, self.auxiliary_lr = state["progress"], state["auxiliary_lr"]
+        _enter(self, state["phase"])
+        self._stale = []
+        for path, layer in self.layers.items():
+            moment_II = state["moments"].get(path)
+            layer.moment_II = None if moment_II is None else moment_II.to(layer.u_OM.device)
+
+
+def prepare(model: nn.Module, config: SoftThresholdRankConfig) -> SoftThresholdRankHandle:
+    """Replace the chosen linears by :class:`SoftThresholdLinear`; outputs stay the same up to rounding.
+
+    Raises:
+        ValueError: If the patterns match nothing, a layer is factorised already, or the target cannot be reached.
+    """
+    paths = _chosen_paths(model, config)
+    sizes = {path: LayerSize(*linear_shape(get_module(model, path))) for path in paths}
+    budget = _budget(model, config, sizes)
+    ledger, layers = Ledger(model), {}
+    for path in paths:
+        linear = get_module(model, path)
+        layers[path] = SoftThresholdLinear(linear, sharpness=config.sharpness, relative=config.relative)
+        ledger.replace(path, layers[path])
+    handle = SoftThresholdRankHandle(model, config, ledger, layers, budget)
+    _enter(handle, "warmup")
+    return handle
+
+
+def update(handle: SoftThresholdRankHandle, progress: float) -> None:
+    """Move through warm-up, search and recovery, and set the thresholds' learning rate for the coming step."""
+    config, step = handle.config, progress - handle.progress
+    handle.progress = progress
+    if handle.phase == "warmup" and progress >= config.warmup:
+        refactorise(handle)
+        _enter(handle, "search")
+    if handle.phase == "search" and (progress >= config.search_end or handle.size <= handle.budget):
+        pin(handle)
+    if handle.phase == "search":
+        handle.auxiliary_lr = config.threshold_lr or _crossing_rate(handle, step)
+
+
+def refactorise(handle: SoftThresholdRankHandle) -> None:
+    """Decompose the current weights anew, whitened where inputs were gathered; all ranks take rank 0's result."""
+    for layer in handle.layers.values():
+        layer.factorise()
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (layer.u_OM, layer.sigma_M, layer.v_MI, layer.scale):
+                dist.broadcast(tensor.detach(), src=0)
+
+
+def pin(handle: SoftThresholdRankHandle) -> None:
+    """Choose the ranks that fill the budget by the learned margins, and enter recovery.
+
+    The ranking is sigma - alpha over all layers: an overshoot is repaired by re-admitting the largest margins, an
+    undershoot by giving up the smallest. A layer that stays dense keeps all its directions.
+    """
+    config = handle.config
+    margins = {path: layer.margin_M for path, layer in handle.layers.items()}
+    ranks = choose_ranks(margins, handle.sizes, handle.budget, config.rank_multiple, config.dense_above)
+    for path, layer in handle.layers.items():
+        order_M = margins[path].argsort(descending=True, stable=True)
+        keep_mask_M = torch.zeros_like(layer.keep_mask_M)
+        keep_mask_M[order_M[: ranks[path]]] = True
+        layer.pin(keep_mask_M)
+    _enter(handle, "recovery")
+
+
+def convert(handle: SoftThresholdRankHandle) -> dict[str, Any]:
+    """Turn each layer into two plain linears, or back into one dense layer where that is smaller.
+
+    Returns:
+        ``{"ranks": {path: rank}}`` over the layers that are low-rank; dense layers are not listed.
+    """
+    if handle.phase == "warmup":
+        refactorise(handle)
+    if handle.phase != "recovery":
+        pin(handle)
+    handle.ledger.revert()
+    ranks: dict[str, int] = {}
+    for path, layer in handle.layers.items():
+        low_rank = layer_cost(handle.sizes[path], layer.rank, 1, 1.0) < handle.sizes[path].dense
+        if low_rank and layer.rank < layer.full_rank:
+            handle.ledger.replace(path, _low_rank(layer))
+            ranks[path] = layer.rank
+        else:
+            _load_dense(get_module(handle.model, path), layer)
+    return {"ranks": ranks}
+
+
+def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
+    """Rebuild the low-rank layers on a fresh model, without weights.
+
+    Raises:
+        PlanError: If the structure names a module that is not a dense linear of the model or a rank out of bounds;
+            nothing has been changed or allocated then.
+    """
+    if set(structure) != {"ranks"} or not isinstance(structure["ranks"], Mapping):
+        raise PlanError(f"soft_threshold_rank needs the structure {{'ranks': {{...}}}}, got fields {sorted(structure)}")
+    for path, rank in structure["ranks"].items():
+        _check_rank(model, path, rank)
+    ledger = Ledger(model)
+    for path, rank in structure["ranks"].items():
+        linear = get_module(model, path)
+        inputs, outputs = linear_shape(linear)
+        down = new_linear(linear, inputs, rank, bias=False)
+        ledger.replace(path, LowRankLinear(down, new_linear(linear, rank, outputs, bias=linear.bias is not None)))
+    return ledger
+
+
+def _chosen_paths(model: nn.Module, config: SoftThresholdRankConfig) -> list[str]:
+    slots = [slot.path for layer in describe(model).layers for slot in layer.linears]
+    chosen = [p for p in slots if _matches(p, config.include) and not _matches(p, config.exclude)]
+    if not chosen:
+        raise ValueError(
+            f"include={list(config.include)} and exclude={list(config.exclude)} leave no linear to factorise; "
+            f"the model's linears are {slots[:6]}{' and more' if len(slots) > 6 else ''}"
+        )
+    paths = [unwrap_adapter(model, path) for path in chosen]
+    for path in paths:
+        module = get_module(model, path)
+        if isinstance(module, SoftThresholdLinear | LowRankLinear):
+            raise ValueError(f"{path} is factorised already: use a model in which it is dense, or exclude it")
+        if not is_linear(module):
+            raise ValueError(
+                f"{path} is a {type(module).__name__}, which cannot be factorised: exclude it, or load the model "
+                "without quantisation"
+            )
+    return paths
+
+
+def _budget(model: nn.Module, config: SoftThresholdRankConfig, sizes: Mapping[str, LayerSize]) -> int:
+    """Weights the chosen linears may hold so that the scope meets its target."""
+    dense = sum(size.dense for size in sizes.values())
+    counted = count_parameters(model)
+    whole = dense if config.scope == "linear" else getattr(counted, config.scope)
+    budget = math.floor(config.target_params * whole) - (whole - dense)
+    smallest = smallest_size(sizes, config.rank_multiple, config.dense_above)
+    if budget < smallest:
+        reachable = math.ceil(1000 * (whole - dense + smallest) / whole) / 1000
+        raise ValueError(
+            f"target_params={config.target_params} of scope {config.scope!r} cannot be reached: the factorised linears "
+            f"hold {dense:,} of its {whole:,} parameters and shrink to {smallest:,} at least. Ask for {reachable} or "
+            "more, widen include, lower rank_multiple, or count another scope"
+        )
+    return min(budget, dense)
+
+
+def _enter(handle: SoftThresholdRankHandle, phase: str) -> None:
+    handle.phase = phase  # type: ignore[assignment]
+    for layer in handle.layers.values():
+        layer.enter(_MODES[phase], calibrate=handle.config.init == "whitened")
+        handle._stale += [layer.u_OM, layer.sigma_M, layer.v_MI, layer.alpha]
+    if phase != "search":
+        handle.auxiliary_lr = 0.0
+
+
+def _crossing_rate(handle: SoftThresholdRankHandle, progress_step: float) -> float:
+    """Step size with which thresholds reach the uniform-rank cut, with slack, within the rest of the search."""
+    remaining = handle.config.search_end - handle.config.warmup
+    share = handle.budget / handle.dense_size
+    cuts = []
+    for path, layer in handle.layers.items():
+        rank = min(int(share * handle.sizes[path].break_even), layer.full_rank - 1)
+        cuts.append(float((layer.sigma_M.detach() / layer.scale).sort(descending=True).values[rank]))
+    return _TRAVEL_SLACK * max(progress_step, 1e-6) / remaining * sum(cuts) / len(cuts)
+
+
+def _low_rank(layer: SoftThresholdLinear) -> LowRankLinear:
+    u_OR, scaled_RI = layer._factors()
+    down = nn.Linear(layer.in_features, layer.rank, bias=False, device="meta")
+    up = nn.Linear(layer.rank, layer.out_features, bias=False, device="meta")
+    down.weight, up.weight = nn.Parameter(scaled_RI.detach().contiguous()), nn.Parameter(u_OR.detach().contiguous())
+    for linear in (down, up):
+        linear.weight.requires_grad_(layer.u_OM.requires_grad)
+    up.bias = layer.bias
+    return LowRankLinear(down, up)
+
+
+@torch.no_grad()
+def _load_dense(linear: nn.Module, layer: SoftThresholdLinear) -> None:
+    weight_OI = layer.weight
+    transposed = linear.weight.shape != weight_OI.shape or not isinstance(linear, nn.Linear)
+    linear.weight.copy_(weight_OI.T if transposed else weight_OI)
+    if layer.bias is not None:
+        linear.bias = layer.bias
+
+
+def _check_rank(model: nn.Module, path: Any, rank: Any) -> None:
+    if not isinstance(path, str) or not is_linear(_module_or_plan_error(model, path)):
+        raise PlanError(f"plan lists {path!r} as low-rank, which is not a dense linear layer of {type(model).__name__}")
+    full = min(linear_shape(get_module(model, path)))
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
+        raise PlanError(f"plan gives {path} the rank {rank!r}; allowed are whole numbers from 1 to {full}")
+
+
+def _module_or_plan_error(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return get_module(model, path)
+    except ValueError as error:
+        raise PlanError(f"plan does not fit the model: {error}") from error
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

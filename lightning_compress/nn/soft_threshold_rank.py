@@ -1,0 +1,249 @@
+"""Layers whose rank is learned: U f(sigma - alpha) V while training, two thin linears afterwards.
+
+Shape legend: B any leading dimensions, I in features, O out features, M = min(I, O) full rank, R kept rank,
+N tokens sampled for calibration. The next chapter is :mod:`lightning_compress.losses.soft_threshold_rank`.
+
+Paper: SoftLMs (arXiv 2411.10543). The paper's equations could not be read; the gate and its constants follow the
+code of its direct successor STAR-KV (arXiv 2606.08382).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_compress.nn.surgery import dense_weight, linear_shape
+
+__all__ = ["LowRankLinear", "SoftThresholdLinear", "shrink_singular_values"]
+
+_CALIBRATION_TOKENS = 256
+
+Mode = Literal["open", "gated", "pinned"]
+
+
+def shrink_singular_values(sigma_M: Tensor, alpha: Tensor, sharpness: float, scale: Tensor | float = 1.0) -> Tensor:
+    """Return the gated singular values ``sigma * tanh(s * (sigma / scale - alpha))``, exactly 0 at or below alpha.
+
+    A gate, not a proximal operator: values well above the threshold keep their full size. Autograd gives the true
+    derivative; a clipped value gets no gradient and returns only if ``alpha`` falls.
+
+    Args:
+        sigma_M: Singular values, any order, shape ``[M]``.
+        alpha: Threshold in units of ``scale``, scalar.
+        sharpness: Slope ``s`` of the gate, per unit of ``scale``.
+        scale: Unit in which ``alpha`` is expressed.
+
+    Paper: STAR-KV official code (``soft_thres_layer.py``) with c = 0, see SoftLMs (arXiv 2411.10543), abstract.
+
+    Example:
+        >>> shrink_singular_values(torch.tensor([2.0, 0.5]), torch.tensor(1.0), sharpness=50.0)
+        tensor([2., 0.])
+    """
+    margin_M = sigma_M / scale - alpha
+    return torch.where(margin_M > 0, sigma_M * torch.tanh(sharpness * margin_M), torch.zeros_like(sigma_M))
+
+
+class SoftThresholdLinear(nn.Module):
+    """A linear layer in training form: ``y = U f(sigma) V x + b`` with a learned threshold on sigma.
+
+    All shapes stay constant during training. In mode ``"open"`` every direction lives (and inputs are gathered if
+    ``is_calibrating``), in ``"gated"`` the threshold decides, in ``"pinned"`` a fixed mask does, at full magnitude,
+    and dead directions are left out of the products.
+
+    Args:
+        linear: The dense layer (``nn.Linear`` or ``Conv1D``) to factorise. Its bias parameter is kept as it is.
+        sharpness: Slope of the gate.
+        relative: Whether thresholds are in units of the largest initial singular value.
+    """
+
+    keep_mask_M: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Module, *, sharpness: float = 50.0, relative: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear_shape(linear)
+        self.sharpness, self.relative = sharpness, relative
+        weight_OI = dense_weight(linear).detach()
+        rank, factory = min(self.in_features, self.out_features), {"device": weight_OI.device}
+        trainable = linear.weight.requires_grad
+        self.u_OM = nn.Parameter(weight_OI.new_empty(self.out_features, rank), requires_grad=trainable)
+        self.sigma_M = nn.Parameter(torch.empty(rank, dtype=torch.float32, **factory), requires_grad=trainable)
+        self.v_MI = nn.Parameter(weight_OI.new_empty(rank, self.in_features), requires_grad=trainable)
+        self.alpha = nn.Parameter(torch.zeros((), dtype=torch.float32, **factory))
+        self.bias = linear.bias
+        self.register_buffer("keep_mask_M", torch.ones(rank, dtype=torch.bool, **factory))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, **factory))
+        self.moment_II: Tensor | None = None
+        self.mode: Mode = "open"
+        self.is_calibrating = False
+        self._kept_R: Tensor | None = None
+        if not weight_OI.is_meta:
+            self.factorise(weight_OI)
+
+    @torch.no_grad()
+    def factorise(self, weight_OI: Tensor | None = None) -> None:
+        """Set U, sigma, V (in place) to the decomposition of a weight, by default of the current one.
+
+        With second moments C of the inputs gathered while ``is_calibrating`` (and released here) the decomposition is activation-whitened: with C = L L^T,
+        ``svd(W L) = U sigma V'`` and ``V = V' L^-1``, so that cutting small sigmas costs least output energy.
+        C is normalised to mean diagonal 1, which keeps sigma on the scale of the plain singular values.
+
+        Paper: SVD-LLM (ICLR 2025), truncation-aware data whitening.
+        """
+        weight_OI = self.weight if weight_OI is None else weight_OI
+        matrix_OI = weight_OI.double()
+        if self.moment_II is None:
+            u_OM, sigma_M, v_MI = torch.linalg.svd(matrix_OI, full_matrices=False)
+        else:
+            root_II = _cholesky_root(self.moment_II.double())
+            u_OM, sigma_M, white_MI = torch.linalg.svd(matrix_OI @ root_II, full_matrices=False)
+            v_MI = torch.linalg.solve_triangular(root_II, white_MI, upper=False, left=False)
+        self.u_OM.copy_(u_OM)
+        self.sigma_M.copy_(sigma_M)
+        self.v_MI.copy_(v_MI)
+        self.moment_II = None
+        self.alpha.zero_()
+        self.scale.fill_(sigma_M.max().clamp_min(1e-12) if self.relative else 1.0)
+
+    @property
+    def margin_M(self) -> Tensor:
+        """How far each direction is above its threshold, in units of the threshold (shape ``[M]``)."""
+        return (self.sigma_M / self.scale - self.alpha).detach()
+
+    @property
+    def rank(self) -> int:
+        """Directions that live now."""
+        if self.mode == "open":
+            return self.full_rank
+        return int(self.keep_mask_M.sum() if self.mode == "pinned" else (self.margin_M > 0).sum())
+
+    @property
+    def full_rank(self) -> int:
+        """Directions of the dense layer, min(in, out)."""
+        return self.sigma_M.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective dense weight, shape ``[O, I]``."""
+        u_OR, scaled_RI = self._factors()
+        return u_OR @ scaled_RI
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights this layer would have if converted now, biases aside: ``min(R (I + O), O I)``."""
+        return min(self.rank * (self.in_features + self.out_features), self.in_features * self.out_features)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs (2 MACs) per token if converted now."""
+        return 2 * self.kept_parameters
+
+    @torch.no_grad()
+    def pin(self, keep_mask_M: Tensor) -> None:
+        """Fix which directions live; from now on they count at full magnitude and the threshold is idle."""
+        self.keep_mask_M.copy_(keep_mask_M)
+        self.enter("pinned")
+
+    def enter(self, mode: Mode, *, calibrate: bool = False) -> None:
+        """Switch the mode; ``calibrate`` gathers inputs in mode ``"open"``."""
+        self.mode, self.is_calibrating, self._kept_R = mode, calibrate and mode == "open", None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftThresholdLinear:
+        """Move or cast the layer, but keep singular values and threshold in float32."""
+        exact = {name: getattr(self, name).detach() for name in ("sigma_M", "alpha", "scale")}
+        super()._apply(fn, recurse)
+        self._kept_R = None
+        for name, tensor in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = tensor.to(moved.device)
+        return self
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """Map ``[..., I]`` to ``[..., O]``, by two products or by one with the product of the factors."""
+        if self.is_calibrating and self.training:
+            self._gather(x_BI)
+        u_OR, scaled_RI = self._factors()
+        tokens, rank = x_BI.numel() // self.in_features, u_OR.shape[1]
+        dense_macs = self.in_features * self.out_features
+        if tokens * rank * (self.in_features + self.out_features) > (tokens + rank) * dense_macs:
+            return F.linear(x_BI, u_OR @ scaled_RI, self.bias)
+        return F.linear(F.linear(x_BI, scaled_RI), u_OR, self.bias)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return U ``[O, R]`` and diag(f) V ``[R, I]``.
+
+        An idle threshold stays in the graph with a zero gradient: DDP expects every parameter it was given.
+        """
+        if self.mode != "pinned":
+            gate_M = self.sigma_M + 0.0 * self.alpha
+            if self.mode == "gated":
+                gate_M = shrink_singular_values(self.sigma_M, self.alpha, self.sharpness, self.scale)
+            return self.u_OM, gate_M.to(self.v_MI.dtype).unsqueeze(1) * self.v_MI
+        if self._kept_R is None or self._kept_R.device != self.keep_mask_M.device:
+            self._kept_R = self.keep_mask_M.nonzero().flatten()
+        sigma_R = self.sigma_M.index_select(0, self._kept_R) + 0.0 * self.alpha
+        v_RI = self.v_MI.index_select(0, self._kept_R)
+        return self.u_OM.index_select(1, self._kept_R), sigma_R.to(v_RI.dtype).unsqueeze(1) * v_RI
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _gather(self, x_BI: Tensor) -> None:
+        x_NI = x_BI.detach().reshape(-1, self.in_features)
+        x_NI = x_NI[:: max(1, x_NI.shape[0] // _CALIBRATION_TOKENS)].float()
+        if self.moment_II is None:
+            self.moment_II = x_NI.new_zeros(self.in_features, self.in_features)
+        self.moment_II.addmm_(x_NI.T, x_NI)
+
+    def extra_repr(self) -> str:
+        """Show shape, rank and state in the module's printed form."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.mode}"
+
+
+class LowRankLinear(nn.Sequential):
+    """A converted layer: two plain linears, ``down`` (I to R, no bias) and ``up`` (R to O).
+
+    Args:
+        down: ``Linear(I, R, bias=False)`` holding diag(f) V.
+        up: ``Linear(R, O)`` holding U and the bias.
+    """
+
+    down: nn.Linear
+    up: nn.Linear
+
+    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+        self.in_features, self.out_features, self.rank = down.in_features, up.out_features, down.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense product, shape ``[O, I]``, for host code that reads weights directly."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, shape ``[O]``."""
+        return self.up.bias
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights of both factors, bias aside."""
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs (2 MACs) per token."""
+        return 2 * self.kept_parameters
+
+
+def _cholesky_root(moment_II: Tensor) -> Tensor:
+    """Lower Cholesky factor of the second moments, normalised and lifted to be positive definite."""
+    moment_II = moment_II / moment_II.diagonal().mean()
+    lowest = torch.linalg.eigvalsh(moment_II)[0]
+    lift = (-lowest).clamp_min(0.0) + 1e-6
+    return torch.linalg.cholesky(moment_II + lift * torch.eye(len(moment_II)).to(moment_II))
