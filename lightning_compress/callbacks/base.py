@@ -1,0 +1,255 @@
+"""The one seam to Lightning: a mixin for modules, and the callback that puts it on modules that lack it.
+
+A callback cannot replace a loss, rebuild a structure before checkpoint weights load, or see optimizers that were
+bound too early; a LightningModule can. So the callback gives the user's module a dynamic subclass in ``setup`` and
+takes it off in ``teardown``. What is remembered between hooks is in :mod:`lightning_compress.callbacks.session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_compress.callbacks.optimizers import check_every_parameter_is_optimized, repair_optimizers
+from lightning_compress.callbacks.session import Session, check_strategy, session_of, training_progress
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan
+from lightning_compress.methods import MethodConfig
+from lightning_compress.plan import CompressionPlan
+
+__all__ = ["CompressionCallback", "CompressionMixin", "attach", "convert", "detach"]
+
+_INSTANCE_HOOKS = ("training_step", "configure_optimizers")
+
+
+class CompressionMixin:
+    """Inherit it before ``LightningModule`` so that ``load_from_checkpoint`` rebuilds compressed structures.
+
+    Everything else about a compressing run is added by the callbacks, for modules with and without the mixin.
+
+    Example:
+        >>> from lightning.pytorch import LightningModule
+        >>> class Classifier(CompressionMixin, LightningModule): ...
+    """
+
+    @property
+    def compressor(self) -> Compressor | None:
+        """The compressor of this module's transformer, once there is one."""
+        session = session_of(self)
+        return None if session is None else session.compressor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write plan and state into the checkpoint."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        session = session_of(self)
+        if session is not None:
+            session.save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the structure that the checkpoint's weights belong to, larger or smaller than now."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        trainer = getattr(self, "_trainer", None)
+        fitting = trainer is not None and trainer.state.fn == "fit"
+        _session(self).load(self, checkpoint, fitting=fitting)  # type: ignore[arg-type]
+
+
+class _Attached(CompressionMixin):
+    """The hooks of a compressing run; combined with the user's class by :func:`attach`."""
+
+    def setup(self, stage: str) -> None:
+        """Prepare the model if ``__init__`` or the user's ``setup`` built it."""
+        super().setup(stage)  # type: ignore[misc]
+        if stage == "fit" and not _builds_later(self):
+            _session(self).prepare(self)  # type: ignore[arg-type]
+
+    def configure_model(self) -> None:
+        """Prepare the model if the user's ``configure_model`` built it."""
+        super().configure_model()  # type: ignore[misc]
+        if self.trainer.state.fn == "fit" and _builds_later(self):  # type: ignore[attr-defined]
+            _session(self).prepare(self)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        """Re-point groups that were bound before surgery, and keep auxiliary parameters out."""
+        return _configure_optimizers(self, super().configure_optimizers)  # type: ignore[misc]
+
+    def on_fit_start(self) -> None:
+        """Restore random state when resuming at the start of an epoch."""
+        super().on_fit_start()  # type: ignore[misc]
+        _session(self).restore_random_state()
+
+    def on_train_start(self) -> None:
+        """Check optimizers and schedule before an epoch is spent."""
+        super().on_train_start()  # type: ignore[misc]
+        compressor = _compressor(self)
+        check_every_parameter_is_optimized(self, self.trainer.optimizers, compressor.auxiliary_parameters())  # type: ignore[attr-defined,arg-type]
+        training_progress(self.trainer, self, 0)  # type: ignore[attr-defined,arg-type]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Move ramps and phases at the start of each optimizer step."""
+        session, trainer = _session(self), self.trainer  # type: ignore[attr-defined]
+        if session.random_state is not None and batch_idx > 0:
+            session.restore_random_state()
+        session.random_state, session.stepped_auxiliary = None, False
+        if session.last_step != trainer.global_step or not self.automatic_optimization:  # type: ignore[attr-defined]
+            session.last_step = trainer.global_step
+            compressor = _compressor(self)
+            compressor.update(training_progress(trainer, self, batch_idx))  # type: ignore[arg-type]
+            compressor.clear_stale_moments(trainer.optimizers)
+        return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the compression terms to the user's loss."""
+        return _training_step(self, super().training_step, *args, **kwargs)  # type: ignore[misc]
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """Under manual optimization, where the returned loss is ignored, add the terms to the loss in place."""
+        super().on_before_backward(loss)  # type: ignore[misc]
+        if not self.automatic_optimization:  # type: ignore[attr-defined]
+            terms = _session(self).remaining_terms()
+            if terms:
+                scaler = _scaler(self)
+                scale = 1.0 if scaler is None else scaler.get_scale()
+                loss.add_(sum(terms.values()) * scale)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the auxiliary parameters along with the user's."""
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
+        session = _session(self)
+        if not session.stepped_auxiliary:
+            session.stepped_auxiliary = True
+            _compressor(self).step(scaler=_scaler(self))
+
+
+class CompressionCallback(Callback):
+    """Base of the method callbacks: registers one configuration on the module and converts at the end of fit.
+
+    Args:
+        config: The method's configuration.
+        module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
+        convert: Whether to make the model physically smaller when ``fit`` ends.
+    """
+
+    def __init__(self, config: MethodConfig, module: str | None = None, convert: bool = True) -> None:
+        self.config = config
+        self.module = module
+        self.convert_at_end = convert
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """One callback per method."""
+        return f"lightning_compress.{self.config.stem}"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the hooks on the module, and this method into its session."""
+        check_strategy(trainer)
+        attach(pl_module).register(trainer, self.config, self.module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Convert the model, once for all methods."""
+        session = session_of(pl_module)
+        compressor = None if session is None else session.compressor
+        if self.convert_at_end and compressor is not None and compressor.is_prepared:
+            convert(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own class back."""
+        detach(pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, as plain values; the plan and all state are written by the module."""
+        return {"schema": 1, "config": self.config.to_dict()}
+
+
+def attach(module: LightningModule) -> Session:
+    """Give a module the hooks of a compressing run and return its session; a second call changes nothing."""
+    session = _session(module)
+    cls = type(module)
+    if _Attached not in cls.__bases__:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        module.__class__ = type(cls.__name__, (_Attached, cls), names)
+        for name in _INSTANCE_HOOKS:
+            if name in vars(module):
+                session.instance_hooks[name] = vars(module)[name]
+                inner = session.instance_hooks[name]
+                vars(module)[name] = partial(_WRAPPERS[name], module, inner)
+    return session
+
+
+def detach(module: LightningModule) -> None:
+    """Take the hooks off again; the session and the compressed model stay."""
+    cls, session = type(module), session_of(module)
+    if _Attached in cls.__bases__:
+        module.__class__ = cls.__bases__[1]
+    if session is not None:
+        vars(module).update(session.instance_hooks)
+        session.instance_hooks = {}
+
+
+def convert(module: LightningModule) -> CompressionPlan:
+    """Make the compressed model of a module physically smaller, and let it know its plan.
+
+    Returns:
+        The plan, which ``model.save_pretrained`` now writes too.
+
+    Raises:
+        ValueError: If no compression ran on the module, or it is converted already.
+    """
+    session = session_of(module)
+    if session is None or session.compressor is None:
+        raise ValueError(f"{type(module).__name__} was not prepared by a compression callback: there is nothing to convert")
+    plan = session.compressor.convert()
+    attach_plan(session.compressor.model, plan)
+    return plan
+
+
+def _training_step(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
+    compressor = _compressor(module)
+    compressor.begin_step()
+    output = inner(*args, **kwargs)
+    if not module.automatic_optimization or output is None:
+        return output
+    terms = compressor.take_loss_terms()
+    if not module.trainer.barebones:
+        module.log_dict({**{f"compress/{name}": t.detach() for name, t in terms.items()}, **compressor.metrics()})
+    extra = sum(terms.values())
+    if isinstance(output, Mapping):
+        return {**output, "loss": output["loss"] + extra}
+    return output + extra
+
+
+def _configure_optimizers(module: Any, inner: Any) -> Any:
+    return repair_optimizers(inner(), _compressor(module))
+
+
+_WRAPPERS = {"training_step": _training_step, "configure_optimizers": _configure_optimizers}
+
+
+def _builds_later(module: Any) -> bool:
+    """Whether the user's class has a ``configure_model`` of its own."""
+    after = type(module).__mro__[type(module).__mro__.index(_Attached) + 1 :]
+    owner = next(cls for cls in after if "configure_model" in vars(cls))
+    return owner.__name__ not in ("LightningModule", "_ModelHooks", "ModelHooks")
+
+
+def _session(module: object) -> Session:
+    return vars(module).setdefault("_compression", Session())
+
+
+def _compressor(module: object) -> Compressor:
+    session = session_of(module)
+    assert session is not None and session.compressor is not None, "the model is prepared before training starts"
+    return session.compressor
+
+
+def _scaler(module: Any) -> torch.amp.GradScaler | None:
+    return getattr(module.trainer.precision_plugin, "scaler", None)

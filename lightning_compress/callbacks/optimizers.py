@@ -1,0 +1,86 @@
+"""Optimizers and surgery: re-point groups that hold replaced parameters, and check that nothing is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_compress.compressor import Compressor
+
+__all__ = ["check_every_parameter_is_optimized", "optimizers_in", "repair_optimizers"]
+
+_NAMED_AT_MOST = 5
+
+
+def optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """Yield every optimizer in whatever ``configure_optimizers`` returned."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, dict):
+        yield from optimizers_in(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for item in configured:
+            yield from optimizers_in(item)
+
+
+def repair_optimizers(configured: Any, compressor: Compressor) -> Any:
+    """Edit groups in place: stale parameters give way to their successors, auxiliary ones leave.
+
+    Editing in place keeps learning-rate schedulers valid: the number of groups and their options stay the same.
+    """
+    successors = compressor.successors()
+    auxiliary = {id(p) for p in compressor.auxiliary_parameters()}
+    for optimizer in optimizers_in(configured):
+        placed = {id(p) for group in optimizer.param_groups for p in group["params"]} | auxiliary
+        for group in optimizer.param_groups:
+            group["params"] = list(_live(group["params"], successors, auxiliary, placed))
+    return configured
+
+
+def check_every_parameter_is_optimized(
+    module: nn.Module, optimizers: Iterable[Optimizer], auxiliary: Iterable[nn.Parameter]
+) -> None:
+    """Raise unless every trainable parameter is in exactly one optimizer.
+
+    Raises:
+        RuntimeError: Naming parameters that no optimizer or more than one holds.
+    """
+    held: dict[int, int] = {id(p): 1 for p in auxiliary}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                held[id(parameter)] = held.get(id(parameter), 0) + 1
+    trainable = {name: held.get(id(p), 0) for name, p in module.named_parameters() if p.requires_grad}
+    missing = [name for name, count in trainable.items() if count == 0]
+    double = [name for name, count in trainable.items() if count > 1]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} trainable parameters are in no optimizer and would never change: {_some(missing)}. Give "
+            "them to an optimizer in configure_optimizers, or freeze them with requires_grad_(False)"
+        )
+    if double:
+        raise RuntimeError(
+            f"{len(double)} trainable parameters are in more than one optimizer group: {_some(double)}. Keep each in "
+            "one group of one optimizer"
+        )
+
+
+def _live(
+    parameters: Iterable[nn.Parameter], successors: dict[int, list[nn.Parameter]], auxiliary: set[int], placed: set[int]
+) -> Iterator[nn.Parameter]:
+    for parameter in parameters:
+        if id(parameter) in successors:
+            for heir in successors[id(parameter)]:
+                if id(heir) not in placed:
+                    placed.add(id(heir))
+                    yield heir
+        elif id(parameter) not in auxiliary:
+            yield parameter
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more

@@ -1,0 +1,200 @@
+"""One run of the trainer over one module: what the attached module remembers between hooks.
+
+:class:`Session` keeps the configurations that the callbacks registered, the compressor once the model exists, and
+where training stands. It is found on the module as ``module.__dict__["_compression"]`` and is never a submodule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_compress.callbacks.randomness import read_random_state, write_random_state
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan, detach_plan
+from lightning_compress.methods import MethodConfig
+from lightning_compress.nn.anatomy import find_transformer
+from lightning_compress.plan import CompressionPlan, PlanError
+
+__all__ = ["CHECKPOINT_KEY", "Session", "check_strategy", "session_of", "training_progress"]
+
+CHECKPOINT_KEY = "lightning_compress"
+
+_SCHEMA = 1
+_REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+@dataclass
+class Session:
+    """State of compression on one module."""
+
+    configs: list[MethodConfig] = field(default_factory=list)
+    module_path: str | None = None
+    trainer_id: int | None = None
+    compressor: Compressor | None = None
+    last_step: int | None = None
+    random_state: dict[str, Any] | None = None
+    stepped_auxiliary: bool = False
+    instance_hooks: dict[str, Any] = field(default_factory=dict)
+
+    def register(self, trainer: Trainer, config: MethodConfig, module_path: str | None) -> None:
+        """Add a callback's configuration; a new trainer starts with none.
+
+        Raises:
+            ValueError: If callbacks name different modules, or the same method twice.
+        """
+        if self.trainer_id != id(trainer):
+            self.trainer_id, self.configs, self.module_path = id(trainer), [], None
+        if any(known is config for known in self.configs):
+            return
+        if module_path is not None and self.module_path not in (None, module_path):
+            raise ValueError(f"callbacks disagree: module={self.module_path!r} and module={module_path!r}; name one")
+        self.module_path = module_path or self.module_path
+        for known in self.configs:
+            if known.stem == config.stem:
+                raise ValueError(f"{config.stem} is asked for twice, with {known} and {config}: keep one callback")
+        self.configs.append(config)
+
+    def connect(self, module: LightningModule) -> Compressor:
+        """Return the compressor of the module's transformer, created at the first call.
+
+        Raises:
+            ValueError: If there is no transformer, more than one, or the family is unknown.
+        """
+        _, model = find_transformer(module, self.module_path)
+        if self.compressor is None or self.compressor.model is not model:
+            self.compressor = Compressor(model)
+        return self.compressor
+
+    def prepare(self, module: LightningModule) -> None:
+        """Prepare the model for fitting; a model that is prepared or converted already stays as it is.
+
+        Raises:
+            ValueError: If the model was converted with another configuration.
+        """
+        compressor = self.connect(module)
+        if compressor.is_converted or compressor.is_prepared:
+            self._check_unchanged(compressor)
+            return
+        compressor.configs = {}
+        for config in self.configs:
+            compressor.add(config)
+        compressor.prepare()
+
+    def _check_unchanged(self, compressor: Compressor) -> None:
+        done = {record.method: record.config for record in compressor.plan.methods}
+        for config in self.configs:
+            if done.get(config.stem) != config.to_dict():
+                raise ValueError(
+                    f"this model was compressed before, with {done}; it cannot be compressed again by {config}. Start "
+                    "from the dense model, or drop the callback to fine-tune the compressed one"
+                )
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors."""
+        if self.compressor is None or not self.compressor.plan.methods:
+            return
+        checkpoint[CHECKPOINT_KEY] = {
+            "schema": _SCHEMA,
+            "module": self.module_path,
+            "plan": self.compressor.plan.to_dict(),
+            "state": self.compressor.state_dict(),
+            "random_state": read_random_state(),
+        }
+
+    def load(self, module: LightningModule, checkpoint: Mapping[str, Any], *, fitting: bool) -> None:
+        """Give the module's model the structure of a checkpoint, before its weights load.
+
+        Raises:
+            PlanError: If the checkpoint was written by a newer schema.
+            ValueError: If fitting is to resume from a checkpoint that was written without compression.
+        """
+        data = checkpoint.get(CHECKPOINT_KEY)
+        if data is None:
+            self._load_dense(fitting)
+            return
+        if data.get("schema") != _SCHEMA:
+            raise PlanError(f"checkpoint has compression schema {data.get('schema')!r}, this release reads {_SCHEMA}")
+        self.module_path = self.module_path or data["module"]
+        compressor = self.connect(module)
+        compressor.configs = {config.stem: config for config in self.configs}
+        compressor.apply_plan(CompressionPlan.from_dict(data["plan"]))
+        compressor.load_state_dict(data["state"])
+        _mark(compressor)
+        self.last_step = None
+        self.random_state = data["random_state"] if fitting else None
+
+    def _load_dense(self, fitting: bool) -> None:
+        if self.compressor is None or not self.compressor.plan.methods:
+            return
+        if fitting:
+            raise ValueError(
+                "the checkpoint was written without compression, so a compressing run cannot resume from it: load its "
+                "weights first, e.g. with load_from_checkpoint, and call fit without ckpt_path"
+            )
+        self.compressor.apply_plan(CompressionPlan(self.compressor.plan.model_type))
+        _mark(self.compressor)
+
+    def restore_random_state(self) -> None:
+        """Put a loaded random state back, if there is one."""
+        if self.random_state is not None:
+            write_random_state(self.random_state)
+
+    def remaining_terms(self) -> dict[str, Tensor]:
+        """Loss terms that nobody took in this step."""
+        return {} if self.compressor is None else self.compressor.take_loss_terms()
+
+
+def _mark(compressor: Compressor) -> None:
+    """Let the transformers model know its plan exactly while it is in deployed structure."""
+    if compressor.is_converted:
+        attach_plan(compressor.model, compressor.plan)
+    else:
+        detach_plan(compressor.model)
+
+
+def session_of(module: object) -> Session | None:
+    """Return the session on a module, if any."""
+    session = vars(module).get("_compression")
+    return session if isinstance(session, Session) else None
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that shard parameters before or while they are replaced.
+
+    Raises:
+        ValueError: Under FSDP, DeepSpeed or model parallelism.
+    """
+    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    refused = sorted(names & set(_REFUSED_STRATEGIES))
+    if refused:
+        raise ValueError(
+            f"{refused[0]} is not supported while compressing: it shards parameters that compression replaces. Use "
+            "strategy='ddp' or a single device, or compress first and shard the saved model afterwards"
+        )
+
+
+def training_progress(trainer: Trainer, module: LightningModule, batch_idx: int) -> float:
+    """Return how much of training is done, in [0, 1].
+
+    Raises:
+        ValueError: If the trainer has no end in steps or epochs.
+    """
+    if module.automatic_optimization:
+        done, total = float(trainer.global_step), float(trainer.estimated_stepping_batches)
+    elif trainer.max_epochs is not None and trainer.max_epochs > 0:
+        batches = float(trainer.num_training_batches)
+        done, total = trainer.current_epoch * batches + batch_idx, trainer.max_epochs * batches
+    else:
+        done, total = float(trainer.global_step), float(trainer.max_steps)
+    if not math.isfinite(total) or total < 0:
+        raise ValueError(
+            "compression schedules need to know how long training takes: set max_steps, or max_epochs with a data "
+            "loader that has a length"
+        )
+    return min(done / total, 1.0) if total else 1.0
