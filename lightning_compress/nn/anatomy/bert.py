@@ -1,0 +1,93 @@
+"""BERT, and the layout that RoBERTa and ELECTRA share with it.
+
+Post-norm encoder: ``norm(x + attention(x))``, then ``norm(x + ffn(x))``. Head widths stay on the attention
+module, so heads may be pruned by shrinking query, key, value and output alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from lightning_compress.nn.anatomy.base import Anatomy, LayerAnatomy, Role, register_family
+from lightning_compress.nn.anatomy.lookup import (
+    base_path,
+    head_size,
+    hidden_size,
+    is_per_token,
+    join,
+    layer_paths,
+    linear_slots,
+    needed,
+    present,
+    refuse_cross_attention,
+)
+
+__all__ = ["describe_bert", "describe_bert_like"]
+
+_ROLES: dict[str, Role] = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "attention_output",
+    "intermediate.dense": "ffn_in",
+    "output.dense": "ffn_out",
+}
+_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+
+
+@register_family("bert")
+def describe_bert(model: PreTrainedModel) -> Anatomy:
+    """Describe a BERT; its language-model and next-sentence heads are both called ``cls``."""
+    return describe_bert_like(model, heads=("cls", "classifier", "qa_outputs"))
+
+
+def describe_bert_like(model: PreTrainedModel, heads: Sequence[str]) -> Anatomy:
+    """Describe a model whose encoder is laid out as BERT's.
+
+    Args:
+        model: The model.
+        heads: Paths of the modules a task head may consist of, in the order in which they run.
+    """
+    refuse_cross_attention(model)
+    base = base_path(model)
+    stack = layer_paths(model, join(base, "encoder.layer"))
+    layers = tuple(_describe_layer(model, path, index) for index, path in enumerate(stack))
+    embeddings = join(base, "embeddings")
+    needed(model, f"{embeddings}.word_embeddings")
+    head_modules = present(model, heads) if base else ()
+    return Anatomy(
+        model_type=model.config.model_type,
+        base=base,
+        layers=layers,
+        embeddings=embeddings,
+        word_embeddings=f"{embeddings}.word_embeddings",
+        final_norm=None,
+        pooler=next(iter(present(model, [join(base, "pooler")])), None),
+        head=head_modules[-1] if head_modules else None,
+        hidden_size=hidden_size(model, layers),
+        vocab_size=model.config.vocab_size,
+        is_decoder=bool(getattr(model.config, "is_decoder", False)),
+        is_post_norm=True,
+        head_modules=head_modules,
+        is_head_per_token=is_per_token(model),
+        embedding_projection=next(iter(present(model, [join(base, "embeddings_project")])), None),
+    )
+
+
+def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnatomy:
+    slots, shapes = linear_slots(model, path, index, _ROLES)
+    attention = f"{path}.attention.self"
+    head_dim = head_size(model, attention, "attention_head_size")
+    return LayerAnatomy(
+        path=path,
+        index=index,
+        linears=slots,
+        attention=attention,
+        num_heads=shapes["query"][1] // head_dim,
+        num_key_value_heads=shapes["key"][1] // head_dim,
+        head_dim=head_dim,
+        intermediate_size=shapes["ffn_in"][1],
+        norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+    )
