@@ -1,0 +1,245 @@
+"""What a compression run leaves behind for its report: plain numbers, validated, JSON in and out.
+
+`callbacks/report.py` fills a `RunRecord` while training; `page` and `figures` only read one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_compress.report.latency_table import LatencyTable
+
+__all__ = ["RECORD_SCHEMA", "FinalRecord", "LayerRank", "RunRecord", "ScopeCounts", "StepRecord"]
+
+RECORD_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """Where the compression stood at one step of training."""
+
+    step: int
+    """Optimizer steps done."""
+    progress: float
+    """Share of the run done, in [0, 1]."""
+    phase: str
+    """Name of the phase, such as `"search"` or `"recovery"`; a change of name is drawn as a boundary."""
+    size_ratio: float
+    """Parameters kept over dense, in the scope of the target."""
+    flops_ratio: float
+    """FLOPs left over dense."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank of each factored linear, by dotted path."""
+    loss: dict[str, float] = field(default_factory=dict)
+    """Loss terms by name; values that are not finite are kept as NaN."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "StepRecord":
+        """Rebuild a step; raises ValueError naming the field that is wrong."""
+        losses = _mapping(data, "loss", default={})
+        return cls(
+            step=_count(data, "step"),
+            progress=_number(data, "progress", upper=1.0),
+            phase=_text(data, "phase"),
+            size_ratio=_number(data, "size_ratio"),
+            flops_ratio=_number(data, "flops_ratio"),
+            ranks={
+                path: _count(ranks, path) for ranks in [_mapping(data, "ranks", default={})] for path in ranks
+            },
+            loss={name: math.nan if value is None else float(value) for name, value in losses.items()},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return vars(self) | {"ranks": dict(self.ranks), "loss": dict(self.loss)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeCounts:
+    """Numbers of parameters: weights of the linears, everything in the layers, the whole model."""
+
+    linear: int
+    encoder: int
+    total: int
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ScopeCounts":
+        """Rebuild the counts; raises ValueError naming the field that is wrong."""
+        return cls(
+            linear=_count(data, "linear"), encoder=_count(data, "encoder"), total=_count(data, "total")
+        )
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """What became of one linear: its rank, the rank of the dense matrix, and which form was kept."""
+
+    rank: int
+    full_rank: int
+    kept: Literal["low_rank", "dense"]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank <= self.full_rank or self.full_rank < 1:
+            raise ValueError(
+                f"rank {self.rank} of {self.full_rank} is impossible: expected 0 <= rank <= full rank"
+            )
+        if self.kept not in ("low_rank", "dense"):
+            raise ValueError(f"kept={self.kept!r} is unknown: expected 'low_rank' or 'dense'")
+
+    @property
+    def share(self) -> float:
+        """Rank over full rank, in [0, 1]."""
+        return self.rank / self.full_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalRecord:
+    """What the converted model is, beside the dense one."""
+
+    dense: ScopeCounts
+    compressed: ScopeCounts
+    dense_flops: float
+    """FLOPs of the dense model over the lengths that were counted."""
+    compressed_flops: float
+    bytes_on_disk: dict[str, int] | None = None
+    """Bytes of the saved weights under `"dense"` and `"compressed"`; None if nothing was saved."""
+    ranks: dict[str, LayerRank] = field(default_factory=dict)
+    """By dotted path of the linear."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "FinalRecord":
+        """Rebuild the result; raises ValueError naming the field that is wrong."""
+        parameters, flops = _mapping(data, "parameters"), _mapping(data, "flops")
+        sizes = data.get("bytes_on_disk")
+        ranks = _mapping(data, "ranks", default={})
+        malformed = [
+            path for path, row in ranks.items() if not isinstance(row, list | tuple) or len(row) != 3
+        ]
+        if malformed:
+            raise ValueError(
+                f"ranks of {malformed[0]!r} are {ranks[malformed[0]]!r}: expected [rank, full rank, kept]"
+            )
+        return cls(
+            dense=ScopeCounts.from_dict(_mapping(parameters, "dense")),
+            compressed=ScopeCounts.from_dict(_mapping(parameters, "compressed")),
+            dense_flops=_number(flops, "dense"),
+            compressed_flops=_number(flops, "compressed"),
+            bytes_on_disk=None if sizes is None else {name: _count(sizes, name) for name in sizes},
+            ranks={path: LayerRank(*row) for path, row in ranks.items()},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data in the shape of the file."""
+        return {
+            "parameters": {"dense": dict(vars(self.dense)), "compressed": dict(vars(self.compressed))},
+            "flops": {"dense": self.dense_flops, "compressed": self.compressed_flops},
+            "bytes_on_disk": None if self.bytes_on_disk is None else dict(self.bytes_on_disk),
+            "ranks": {path: [row.rank, row.full_rank, row.kept] for path, row in self.ranks.items()},
+        }
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One run, from its target to its measurements. Only `model_type` must be known at the start."""
+
+    model_type: str
+    methods: list[dict[str, Any]] = field(default_factory=list)
+    """`{"method": stem, "config": {...}}` in the order of composition."""
+    target: dict[str, Any] = field(default_factory=dict)
+    """What was asked for; `target_params` and `target_flops` (shares of dense) are drawn as lines."""
+    steps: list[StepRecord] = field(default_factory=list)
+    final: FinalRecord | None = None
+    """None while the model is not converted."""
+    metrics: dict[str, dict[str, float] | None] = field(default_factory=dict)
+    """Test metrics under `"dense"` and `"compressed"`; None where not measured."""
+    latency: LatencyTable | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RunRecord":
+        """Rebuild a record.
+
+        Raises:
+            ValueError: If the schema is not this version's, or a field is unknown, missing or impossible.
+        """
+        if data.get("schema") != RECORD_SCHEMA:
+            raise ValueError(
+                f"the record has schema {data.get('schema')!r}, this version reads {RECORD_SCHEMA}: "
+                "render it with the version that wrote it, or run again"
+            )
+        unknown = sorted(set(data) - {"schema", *cls.__dataclass_fields__})
+        if unknown:
+            raise ValueError(
+                f"the record has unknown fields {unknown}: known are {sorted(cls.__dataclass_fields__)}"
+            )
+        final, latency = data.get("final"), data.get("latency")
+        return cls(
+            model_type=_text(data, "model_type"),
+            methods=[dict(method) for method in data.get("methods", [])],
+            target=dict(_mapping(data, "target", default={})),
+            steps=[StepRecord.from_dict(step) for step in data.get("steps", [])],
+            final=None if final is None else FinalRecord.from_dict(final),
+            metrics={name: m and dict(m) for name, m in _mapping(data, "metrics", default={}).items()},
+            latency=None if latency is None else LatencyTable.from_dict(latency),
+            machine=dict(_mapping(data, "machine", default={})),
+            versions=dict(_mapping(data, "versions", default={})),
+            warnings=[str(warning) for warning in data.get("warnings", [])],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-able data, with the schema version; numbers that are not finite become None."""
+        plain = {"schema": RECORD_SCHEMA, **vars(self)} | {
+            "steps": [step.to_dict() for step in self.steps],
+            "final": None if self.final is None else self.final.to_dict(),
+            "latency": None if self.latency is None else self.latency.to_dict(),
+        }
+        return _jsonable(plain)
+
+    def to_json(self) -> str:
+        """Return `to_dict` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    """Copy containers, and replace NaN and infinities, for which JSON has no word, by None."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(data: Mapping[str, Any], name: str, upper: float = math.inf) -> float:
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= upper:
+        raise ValueError(f"field {name!r} is {value!r}: expected a number in [0, {upper:g}]")
+    if not math.isfinite(value):
+        raise ValueError(f"field {name!r} is {value!r}: expected a finite number")
+    return float(value)
+
+
+def _count(data: Mapping[str, Any], name: str) -> int:
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"field {name!r} is {value!r}: expected a whole number of at least 0")
+    return value
+
+
+def _text(data: Mapping[str, Any], name: str) -> str:
+    value = data.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"field {name!r} is {value!r}: expected a text")
+    return value
+
+
+def _mapping(
+    data: Mapping[str, Any], name: str, default: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    value = data.get(name, default)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"field {name!r} is {value!r}: expected a mapping")
+    return value
