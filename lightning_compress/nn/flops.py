@@ -61,8 +61,8 @@ def count_flops(model: nn.Module, lengths: Sequence[int]) -> FlopsCount:
         TypeError: If ``model`` is not a ``PreTrainedModel``.
         ValueError: If the family is unknown, or ``lengths`` is empty or holds a length below 1.
 
-    Departs from the paper: COST-EFF's official code profiles every input padded to 128 tokens; here padding costs
-    nothing. A full 128 tokens cost BERT-base 11.17 GMAC.
+    Departs from the paper: COST-EFF's official code profiles every input padded to 128 tokens; here padding
+    costs nothing. A full 128 tokens cost BERT-base 11.17 GMAC.
 
     Example:
         >>> from transformers import BertConfig, BertModel
