@@ -7,6 +7,7 @@ takes it off in ``teardown``. What is remembered between hooks is in :mod:`light
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -142,8 +143,8 @@ class CompressionCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """One callback per method."""
-        return f"lightning_compress.{self.config.stem}"
+        """The method and its settings, which define what this callback is."""
+        return f"lightning_compress.{self.config.stem}.{json.dumps(self.config.to_dict(), sort_keys=True)}"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
