@@ -1,10 +1,25 @@
 """What a run came to, for people: latency tables and one self-contained page.
 
-Read `record` for what a run leaves behind, then `page` and `figures`; `latency` measures.
+Read `record` for what a run leaves behind, then `page`, `sections` and `figures`; `latency` measures.
 """
 
 from lightning_compress.report.latency import measure_latency, run_bench
 from lightning_compress.report.latency_table import LatencyTable
 from lightning_compress.report.machine import describe_machine, describe_versions
+from lightning_compress.report.page import render_run, write_report
+from lightning_compress.report.record import FinalRecord, LayerRank, RunRecord, ScopeCounts, StepRecord
 
-__all__ = ["LatencyTable", "describe_machine", "describe_versions", "measure_latency", "run_bench"]
+__all__ = [
+    "FinalRecord",
+    "LatencyTable",
+    "LayerRank",
+    "RunRecord",
+    "ScopeCounts",
+    "StepRecord",
+    "describe_machine",
+    "describe_versions",
+    "measure_latency",
+    "render_run",
+    "run_bench",
+    "write_report",
+]

@@ -52,6 +52,8 @@ def load_any(directory: str | Path) -> nn.Module:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{config_path} is not JSON ({error}): save the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds a {type(config).__name__}, not settings: save the model again")
     if (config.get("quantization_config") or {}).get("quant_method") == "lightning_compress":
         from lightning_compress.deploy.load import load  # only compressed folders need it
 

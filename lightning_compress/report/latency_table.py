@@ -217,6 +217,16 @@ class LatencyTable:
                 cells.append(f"{match[0].median:.2f}" if match else "–")
         return cells
 
+    def to_measurements(self, command: str) -> dict[str, Any]:
+        """Return the rows of `to_rich` as the `measurements` that `save_pretrained` writes into a model card.
+
+        Args:
+            command: The command that measured them.
+        """
+        speedups = self.speedups()
+        rows = [dict(zip(self.headings(), self.row(t, speedups), strict=True)) for t in self.timings]
+        return {"command": command, "machine": self.caption(), "versions": self.versions, "rows": rows}
+
     def caption(self) -> str:
         """Return one line that names the machine, the threads and the number of rounds."""
         flags = " ".join(self.machine.get("flags", []))

@@ -112,7 +112,8 @@ def _latency_tiles(found: LatencyTable) -> list[tuple[str, str, str]]:
                 (s for s in kind if (s.batch_size, s.length) == shape), key=lambda s: -s.ratio.median
             )
             others = ", ".join(f"{_pair(s)} {times(s.ratio.median)}" for s in here[1:])
-            detail = f"{_pair(here[0])}{f' ({others})' if others else ''}, batch {shape[0]} × {shape[1]}"
+            batch = f"batch {shape[0]} × {shape[1]}".replace(" ", "\u00a0")  # not torn apart at line ends
+            detail = f"{_pair(here[0])}{f' ({others})' if others else ''}, {batch}"
             cells.append((f"Speed-up, {words}", times(here[0].ratio.median), detail))
     return cells
 

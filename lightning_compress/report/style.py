@@ -28,14 +28,15 @@ p { margin: .25rem 0 .9rem; max-width: 46rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .7rem;
   margin: 1.6rem 0 .5rem; padding: 0; }
 .tile { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: .8rem .95rem; }
-.tile dt { color: var(--muted); font-size: .85rem; }
+.tile dt { color: var(--muted); font-size: .8rem; white-space: nowrap; }
 .tile dd { margin: 0; }
 .tile .value { font-size: 1.7rem; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em;
   font-variant-numeric: tabular-nums; }
 .tile .detail { color: var(--muted); font-size: .82rem; }
 figure { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; margin: .8rem 0 0;
   padding: 1rem; }
-figure svg { display: block; width: 100%; height: auto; }
+figure { overflow-x: auto; }
+figure svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 figcaption { margin-top: .5rem; }
 .scroll { overflow-x: auto; margin-top: .6rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }

@@ -66,6 +66,7 @@ def draw_svg(name: str, label: str, draw: Callable[[Figure], None], width: float
     """
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure.patch.set_visible(False)  # the page shows through
         draw(figure)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})

@@ -1,0 +1,89 @@
+"""One small, complete run, and tiny models, for the tests of the report."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from lightning_compress.report.latency_table import LatencyTable, Timing
+
+RANKS = {
+    "bert.encoder.layer.0.attention.self.query": [8, 32, "low_rank"],
+    "bert.encoder.layer.0.output.dense": [30, 32, "dense"],
+    "bert.encoder.layer.1.attention.self.query": [16, 32, "low_rank"],
+    "bert.encoder.layer.1.output.dense": [4, 32, "low_rank"],
+}
+
+
+@pytest.fixture
+def table() -> LatencyTable:
+    """Dense takes 4 and 2 ms in fp32 and bf16, small 2 and 1.6 ms; in the last round all slow down twofold."""
+    times = {("dense", "fp32"): 4.0, ("dense", "bf16"): 2.0, ("small", "fp32"): 2.0, ("small", "bf16"): 1.6}
+    timings = [Timing(*key, 8, 128, (ms, ms, 2 * ms)) for key, ms in times.items()]
+    return LatencyTable(
+        timings=tuple(timings),
+        baselines=("dense",),
+        threads=1,
+        warmup=3,
+        clock="wall",
+        device="cpu",
+        machine={"cpu": "A <fast> processor", "cores": 2, "flags": ["avx2"]},
+        versions={"torch": "2.13.0"},
+    )
+
+
+@pytest.fixture
+def run(table: LatencyTable) -> dict[str, Any]:
+    """The record of a run as plain data."""
+    steps = [
+        {
+            "step": 10 * index,
+            "progress": index / 4,
+            "phase": "search" if index < 3 else "recovery",
+            "size_ratio": 1 - 0.1 * index,
+            "flops_ratio": 1 - 0.08 * index,
+            "ranks": {path: row[1] - index for path, row in RANKS.items()},
+            "loss": {"task": 1.0 - 0.1 * index},
+        }
+        for index in range(5)
+    ]
+    counts = {"linear": 1_000_000, "encoder": 1_100_000, "total": 3_000_000}
+    half = {"linear": 500_000, "encoder": 600_000, "total": 2_500_000}
+    return {
+        "schema": 1,
+        "model_type": "bert",
+        "methods": [{"method": "soft_threshold_rank", "config": {"target_params": 0.5}}],
+        "target": {"target_params": 0.5, "scope": "linear"},
+        "steps": steps,
+        "final": {
+            "parameters": {"dense": counts, "compressed": half},
+            "flops": {"dense": 2.0e9, "compressed": 1.2e9},
+            "bytes_on_disk": {"dense": 12_000_000, "compressed": 10_000_000},
+            "ranks": copy.deepcopy(RANKS),
+        },
+        "metrics": {"dense": {"accuracy": 0.875}, "compressed": {"accuracy": 0.8625}},
+        "latency": table.to_dict(),
+        "machine": {"cpu": "A processor", "cores": 2},
+        "versions": {"torch": "2.13.0"},
+        "warnings": [],
+    }
+
+
+def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
+    """A BERT of 32 dimensions with random weights."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": layers,
+    }
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes))
+
+
+@pytest.fixture
+def models() -> dict[str, BertForSequenceClassification]:
+    """A dense model of two layers and a smaller one of one."""
+    return {"dense": tiny_bert(2), "small": tiny_bert(1)}
