@@ -55,6 +55,7 @@ def check_target(target: Path) -> None:
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Yield an empty folder to write to; when the block ends well, it takes the place of ``target``.
 
+    A killed process leaves the target as it was, and its unfinished folder ``.<name>.*.saving`` beside it.
     If the block raises, the target is as it was and the new folder is gone. Weights of the replaced model are
     not carried over, every other file without a successor is. Where the system can exchange two folders in
     one step (Linux), there is no moment without a model; elsewhere there is one between two renames.

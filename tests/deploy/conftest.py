@@ -86,7 +86,7 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def compress(model: PreTrainedModel) -> PreTrainedModel:
+def _compress(model: PreTrainedModel) -> PreTrainedModel:
     """Halve the linears of a model and let it carry its plan."""
     compressor = Compressor(model, [SoftThresholdRankConfig(target_params=0.5, rank_multiple=1, init="svd")])
     compressor.prepare()
@@ -105,16 +105,22 @@ def build() -> dict[str, Callable[[], PreTrainedModel]]:
     return BUILDERS
 
 
+@pytest.fixture
+def compress() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Compress a model in place, and return it."""
+    return _compress
+
+
 @pytest.fixture(params=sorted(BUILDERS))
 def compressed(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A compressed model of each family in turn."""
-    return compress(BUILDERS[request.param]())
+    return _compress(BUILDERS[request.param]())
 
 
 @pytest.fixture
 def bert() -> PreTrainedModel:
     """A compressed BERT classifier."""
-    return compress(_bert())
+    return _compress(_bert())
 
 
 @pytest.fixture

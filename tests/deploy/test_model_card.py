@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,16 @@ def test_a_local_folder_is_no_base_model(
     assert "base_model" not in front_matter(card_of(bert))
 
 
-def test_the_card_of_every_family_tells_the_counted_sizes_and_each_rank(compressed: PreTrainedModel) -> None:
+def test_the_card_of_every_family_tells_the_counted_sizes_and_each_rank(
+    build: dict[str, Callable[[], PreTrainedModel]], compressed: PreTrainedModel
+) -> None:
     card, plan = card_of(compressed), plan_of(compressed)
     assert plan is not None
-    assert f"{count_parameters(compressed).total:,}" in card
+    dense = build[compressed.config.model_type]()
+    for model in (dense, compressed):
+        sizes = count_parameters(model)
+        for size in (sizes.linear, sizes.encoder, sizes.total):
+            assert f" {size:,} " in card
     assert f"{count_flops(compressed, [128]).total:,.0f}" in card
     cells = [cell.strip() for line in card.splitlines() for cell in line.split("|")]
     ranks = [int(cell.split("/")[0]) for cell in cells if "/" in cell and cell.replace("/", "").isdigit()]

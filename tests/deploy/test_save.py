@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,12 +49,8 @@ def test_only_safetensors_and_readable_text_are_on_disk(bert: PreTrainedModel, t
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "tokenizer_config.json"} <= files
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".md", ".txt"}
-    for path in folder.iterdir():
-        with (
-            pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError)),
-            path.open("rb") as f,
-        ):
-            pickle.load(f)
+    for path in folder.glob("*.json"):
+        assert isinstance(json.loads(path.read_text()), dict)
 
 
 def test_the_plan_is_in_the_configuration_and_the_small_tensors_in_the_file(
