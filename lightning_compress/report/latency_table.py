@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -189,9 +190,10 @@ class LatencyTable:
 
     def to_rich(self) -> Table:
         """Return a terminal table: a row per timing, a section per shape, two ratio columns per baseline."""
-        table = Table(title="Latency", caption=self.caption())
+        table = Table(title="Latency", caption=self.caption(), box=box.SIMPLE, caption_justify="left")
         for heading in self.headings():
-            table.add_column(escape(heading), justify="left" if heading in ("model", "dtype") else "right")
+            words = escape(heading).replace(", ", "\n").replace(" × ", "\n× ")
+            table.add_column(words, justify="left" if heading in ("model", "dtype") else "right")
         speedups = self.speedups()
         for index, timing in enumerate(self.timings):
             following = self.timings[index + 1 : index + 2]

@@ -19,7 +19,7 @@ RANKS = {
 
 @pytest.fixture
 def table() -> LatencyTable:
-    """Dense takes 4 and 2 ms in fp32 and bf16, small 2 and 1.6 ms; in the last round all slow down twofold."""
+    """Dense takes 4 and 2 ms in fp32 and bf16, small 2 and 1.6 ms; the last round takes twice as long."""
     times = {("dense", "fp32"): 4.0, ("dense", "bf16"): 2.0, ("small", "fp32"): 2.0, ("small", "bf16"): 1.6}
     timings = [Timing(*key, 8, 128, (ms, ms, 2 * ms)) for key, ms in times.items()]
     return LatencyTable(

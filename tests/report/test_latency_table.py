@@ -94,7 +94,7 @@ def test_the_terminal_table_shows_every_timing_and_takes_names_literally(table: 
     text = console.file.getvalue()
     assert text.count("[red]small") == 2
     assert "8 × 128" in text
-    assert "× dense, best dtype" in text
+    assert text.count("× dense") == 2
 
 
 def test_rows_for_a_model_card_name_their_origin(table: LatencyTable):
