@@ -17,8 +17,9 @@ def tiny_bert(seed: int = 0, **overrides: Any) -> BertForSequenceClassification:
     """A two-layer BERT with random weights and no dropout."""
     torch.manual_seed(seed)
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lengths = {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **{**settings, **no_dropout, **overrides})
+    config = BertConfig(**{**settings, **lengths, **no_dropout, **overrides})
     return BertForSequenceClassification(config)
 
 

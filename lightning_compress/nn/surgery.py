@@ -141,7 +141,7 @@ class Ledger:
         self._entries = [_Entry(entry.path, entry.blank, (), ()) for entry in self._entries]
 
     def revert(self) -> None:
-        """Put blank originals back, last replacement first; weights are uninitialised and must be loaded."""
+        """Put blank originals back, last replacement first; weights are zero until loaded."""
         while self._entries:
             entry = self._entries.pop()
             device = next((p.device for p in get_module(self.root, entry.path).parameters()), torch.device("cpu"))
@@ -161,6 +161,6 @@ def _materialise(blank: nn.Module, device: torch.device) -> nn.Module:
     for owner in blank.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
-                empty = torch.empty_like(parameter, device=device)
+                empty = torch.zeros_like(parameter, device=device)
                 owner._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     return blank

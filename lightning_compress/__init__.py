@@ -1,0 +1,49 @@
+"""Compress transformers while they fine-tune, by adding a callback to a Lightning Trainer.
+
+Importing this package registers the loader of compressed models with transformers and does not import Lightning;
+names that need Lightning are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_compress._version import __version__
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import load, plan_of, save_pretrained
+from lightning_compress.losses import SoftThresholdRankLossMixin
+from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.plan import CompressionPlan, PlanError
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
+
+__all__ = [
+    "CompressionMixin",
+    "CompressionPlan",
+    "Compressor",
+    "PlanError",
+    "SoftThresholdRank",
+    "SoftThresholdRankConfig",
+    "SoftThresholdRankLossMixin",
+    "__version__",
+    "convert",
+    "load",
+    "plan_of",
+    "save_pretrained",
+]
+
+_NEED_LIGHTNING = ("CompressionMixin", "SoftThresholdRank", "convert")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Lightning at its first use."""
+    if name in _NEED_LIGHTNING:
+        return getattr(import_module("lightning_compress.callbacks"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, the late ones too."""
+    return sorted(__all__)

@@ -1,0 +1,272 @@
+"""SoftThresholdRank as four verbs, over every family and its own bounds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CONFIG_MAPPING
+
+from lightning_compress.methods import restore as restore_plan
+from lightning_compress.methods.soft_threshold_rank import (
+    SoftThresholdRankConfig,
+    SoftThresholdRankHandle,
+    convert,
+    pin,
+    prepare,
+    restore,
+    update,
+)
+from lightning_compress.nn.flops import count_parameters
+from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
+from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
+from tests.toys import tiny_bert
+
+SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL,
+    "electra": {**SMALL, "embedding_size": 8},
+    "distilbert": {"vocab_size": 30, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4},
+    "gpt2": {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+    "llama": {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2},
+    "mamba": {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "bos_token_id": 0, "eos_token_id": 0},
+}
+DECODERS = ("gpt2", "llama", "mamba")
+
+
+def tiny(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind = AutoModelForCausalLM if family in DECODERS else AutoModelForSequenceClassification
+    return kind.from_config(CONFIG_MAPPING[family](**CONFIGS[family])).eval()
+
+
+def config(**settings: Any) -> SoftThresholdRankConfig:
+    return SoftThresholdRankConfig(**{"rank_multiple": 1, **settings})
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_prepare_keeps_the_outputs_and_convert_keeps_what_was_trained(family: str) -> None:
+    model = tiny(family)
+    dense = model(ids()).logits
+    handle = prepare(model, config(target_params=0.5))
+    assert torch.allclose(model(ids()).logits, dense, atol=1e-5)
+    pin(handle)
+    unfused = model(ids()).logits
+    linear = count_parameters(model).linear
+    structure = convert(handle)
+    assert torch.allclose(model(ids()).logits, unfused, atol=1e-5)
+    assert count_parameters(model).linear == linear == handle.size <= handle.budget
+    assert not any(isinstance(m, SoftThresholdLinear) for m in model.modules())
+    low_rank = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert structure == {"ranks": low_rank} and low_rank
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_restore_and_load_give_bit_equal_outputs(family: str) -> None:
+    model = tiny(family)
+    handle = prepare(model, config(target_params=0.5))
+    structure = convert(handle)
+    fresh = tiny(family)
+    restore(fresh, structure)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_zero_compression_is_the_dense_model_again(family: str) -> None:
+    model, dense = tiny(family), tiny(family)
+    structure = convert(prepare(model, config(target_params=1.0)))
+    assert structure == {"ranks": {}}
+    assert torch.allclose(model(ids()).logits, dense(ids()).logits, atol=1e-5)
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in dense.named_modules()]
+    assert model.state_dict().keys() == dense.state_dict().keys()
+
+
+def walk(handle: SoftThresholdRankHandle, steps: int = 20) -> list[str]:
+    phases = []
+    for step in range(steps):
+        update(handle, step / steps)
+        phases.append(handle.phase)
+    return phases
+
+
+def test_the_phases_follow_the_schedule() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.5, warmup=0.1, search_end=0.5))
+    phases = walk(handle)
+    assert phases == ["warmup"] * 2 + ["search"] * 8 + ["recovery"] * 10
+    assert handle.is_on_target and handle.size <= handle.budget
+
+
+def test_the_search_ends_as_soon_as_the_size_is_within_the_budget() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.5, warmup=0.0, search_end=1.0))
+    update(handle, 0.0)
+    update(handle, 0.05)
+    assert handle.phase == "search"
+    with torch.no_grad():
+        for layer in handle.layers.values():
+            layer.alpha.copy_(layer.sigma_M.sort(descending=True).values[8])
+    update(handle, 0.1)
+    assert handle.phase == "recovery" and handle.size <= handle.budget
+
+
+def test_each_change_of_phase_asks_for_fresh_moments_of_the_factors() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.5, warmup=0.1, search_end=0.5))
+    handle.pop_stale_moments()
+    counts = []
+    for step in range(10):
+        update(handle, step / 10)
+        counts.append(len(handle.pop_stale_moments()))
+    assert counts == [0, 48, 0, 0, 0, 48, 0, 0, 0, 0]
+
+
+def test_thresholds_rest_outside_the_search_and_can_cross_the_spectrum_within_it() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.5, warmup=0.1, search_end=0.5))
+    rates = []
+    for step in range(100):
+        update(handle, step / 100)
+        rates.append(handle.auxiliary_lr)
+    assert set(rates[:10]) == {0.0} and set(rates[50:]) == {0.0}
+    cut = sum(float(layer.sigma_M.detach().median()) for layer in handle.layers.values()) / len(handle.layers)
+    assert sum(rates) > cut
+
+
+def test_the_scheduled_budget_goes_from_dense_to_the_target() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.25, warmup=0.1, search_end=0.6))
+    budgets = []
+    for progress in (0.0, 0.1, 0.3, 0.5, 0.9):
+        handle.progress = progress
+        budgets.append(handle.scheduled_budget)
+    assert budgets[0] == budgets[1] == handle.dense_size
+    assert budgets[2] == pytest.approx(handle.dense_size * 0.5)
+    assert budgets[3] == budgets[4] == pytest.approx(handle.budget)
+
+
+@pytest.mark.parametrize("scope", ["linear", "encoder", "total"])
+def test_the_target_counts_the_scope_it_names(scope: str) -> None:
+    model = tiny_bert()
+    before = getattr(count_parameters(model), scope)
+    convert(prepare(model, config(target_params=0.7, scope=scope)))
+    after = getattr(count_parameters(model), scope)
+    assert 0.6 * before < after <= 0.7 * before
+
+
+def test_an_unreachable_target_names_the_smallest_one_that_works() -> None:
+    with pytest.raises(ValueError, match="cannot be reached.*Ask for 0.9"):
+        prepare(tiny_bert(vocab_size=20_000), config(target_params=0.1, scope="total"))
+    with pytest.raises(ValueError, match="rank_multiple"):
+        prepare(tiny_bert(), config(target_params=0.3, rank_multiple=16))
+
+
+def test_the_smallest_target_that_an_error_names_really_works() -> None:
+    with pytest.raises(ValueError, match="Ask for") as error:
+        prepare(tiny_bert(), config(target_params=0.01))
+    named = float(str(error.value).split("Ask for ")[1].split(" ")[0])
+    assert convert(prepare(tiny_bert(), config(target_params=named)))["ranks"]
+
+
+def test_patterns_choose_the_layers() -> None:
+    model = tiny_bert()
+    structure = convert(prepare(model, config(target_params=0.5, include=("*layer.0*",), exclude=("*query",))))
+    assert structure["ranks"] and all("layer.0" in p and "query" not in p for p in structure["ranks"])
+
+
+def test_patterns_that_match_nothing_are_refused_with_the_paths() -> None:
+    with pytest.raises(ValueError, match="leave no linear.*query"):
+        prepare(tiny_bert(), config(include=("encoder.block*",)))
+
+
+def test_a_layer_that_is_factorised_already_is_refused() -> None:
+    model = tiny_bert()
+    handle = prepare(model, config(target_params=0.5))
+    with pytest.raises(ValueError, match="factorised already"):
+        prepare(model, config(target_params=0.5))
+    convert(handle)
+    with pytest.raises(ValueError, match="factorised already"):
+        prepare(model, config(target_params=0.5))
+
+
+def test_a_linear_of_another_kind_is_refused() -> None:
+    model = tiny_bert()
+
+    class Odd(nn.Linear): ...
+
+    model.bert.encoder.layer[0].intermediate.dense = Odd(32, 64)
+    with pytest.raises(ValueError, match="Odd, which cannot be factorised"):
+        prepare(model, config())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"target_params": 0.0},
+        {"target_params": 1.5},
+        {"scope": "all"},
+        {"regularizer": "l1"},
+        {"regularizer_weight": -1.0},
+        {"init": "random"},
+        {"warmup": 1.0},
+        {"warmup": 0.6, "search_end": 0.5},
+        {"search_end": 1.1},
+        {"sharpness": 0.0},
+        {"threshold_lr": 0.0},
+        {"rank_multiple": 0},
+        {"dense_above": 0.0},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(reversed(bad)))):
+        SoftThresholdRankConfig(**bad)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 33, 10**9, 1.5, True, "4", None])
+def test_an_impossible_rank_in_a_structure_is_refused_and_nothing_is_changed(rank: Any) -> None:
+    model = tiny_bert()
+    names = [n for n, _ in model.named_modules()]
+    good, bad = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.query"
+    with pytest.raises(PlanError, match="whole numbers from 1 to 32"):
+        restore(model, {"ranks": {good: 4, bad: rank}})
+    assert [n for n, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("path", ["bert.encoder.layer.9", "bert.embeddings", "", "__class__"])
+def test_a_path_that_is_no_linear_is_refused(path: str) -> None:
+    with pytest.raises(PlanError):
+        restore(tiny_bert(), {"ranks": {path: 4}})
+
+
+def test_a_structure_with_other_fields_is_refused() -> None:
+    with pytest.raises(PlanError, match="soft_threshold_rank needs"):
+        restore(tiny_bert(), {"ranks": {}, "code": "x"})
+
+
+def test_a_plan_for_another_family_or_in_training_form_or_of_an_unknown_method_is_refused() -> None:
+    with pytest.raises(PlanError, match="model_type 'gpt2'"):
+        restore_plan(tiny_bert(), CompressionPlan("gpt2"))
+    with pytest.raises(PlanError, match="training form"):
+        restore_plan(tiny_bert(), CompressionPlan("bert", (MethodRecord("soft_threshold_rank", "prepared"),)))
+    with pytest.raises(PlanError, match="unknown method 'magic'"):
+        restore_plan(tiny_bert(), CompressionPlan("bert", (MethodRecord("magic", "converted"),)))
+
+
+def test_restore_works_on_the_meta_device_without_allocating() -> None:
+    with torch.device("meta"):
+        model = tiny_bert()
+    restore(model, {"ranks": {"bert.encoder.layer.0.attention.self.query": 4}})
+    assert model.bert.encoder.layer[0].attention.self.query.down.weight.is_meta
+
+
+def test_a_deepcopy_of_the_handle_drives_its_own_model() -> None:
+    handle = prepare(tiny_bert(), config(target_params=0.5))
+    twin = copy.deepcopy(handle)
+    convert(twin)
+    assert any(isinstance(m, LowRankLinear) for m in twin.model.modules())
+    assert not any(isinstance(m, LowRankLinear) for m in handle.model.modules())
