@@ -24,6 +24,8 @@ __all__ = [
     "split_path",
 ]
 
+_MOST_LABELLED_LAYERS = 16  # in narrower cells the numbers would run into each other
+
 
 def split_path(path: str) -> tuple[int | None, str]:
     """Split the dotted path of a linear into its layer and its place within the layer.
@@ -49,7 +51,6 @@ def draw_rank_map(ranks: Mapping[str, LayerRank]) -> str:
     cells = {split_path(path): row for path, row in ranks.items()}
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer is None, layer or 0))
     places = list(dict.fromkeys(place for _, place in cells))
-    font = 9 if len(layers) <= 12 else 6.5
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -62,7 +63,8 @@ def draw_rank_map(ranks: Mapping[str, LayerRank]) -> str:
             fill, strength = (MUTED, 0.25) if dense else (ACCENT, 0.06 + 0.7 * row.share)
             axes.add_patch(Rectangle((x + 0.03, y + 0.04), 0.94, 0.92, facecolor=fill, alpha=strength))
             words = "dense" if dense else str(row.rank)
-            axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", fontsize=font)
+            if len(layers) <= _MOST_LABELLED_LAYERS:
+                axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", fontsize=9)
         axes.set(xlim=(0, len(layers)), ylim=(len(places), 0), xlabel="layer")
         names = ["–" if layer is None else str(layer) for layer in layers]
         axes.set_xticks([x + 0.5 for x in range(len(layers))], names)

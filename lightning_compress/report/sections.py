@@ -204,7 +204,10 @@ def ranks(record: RunRecord) -> str:
     if record.final is None or not record.final.ranks:
         return ""
     left = record.final.ranks
-    caption = "Rank of each linear. “dense” marks those where two thin matrices would not have been smaller."
+    caption = (
+        "Rank of each linear: the fuller the blue, the more of its full rank is left. "
+        "Grey stayed dense, where two thin matrices would not have been smaller."
+    )
     rows = [
         [path, str(row.rank), str(row.full_rank), percent(row.share), row.kept.replace("_", " ")]
         for path, row in left.items()

@@ -30,6 +30,14 @@ def test_the_rank_map_writes_each_rank_and_marks_the_dense(run: dict):
     assert ">30<" not in svg
 
 
+def test_the_rank_map_of_a_deep_model_leaves_the_numbers_to_the_table():
+    ranks = {f"layers.{layer}.up": LayerRank(77, 128, "low_rank") for layer in range(17)}
+    assert ">77<" not in figures.draw_rank_map(ranks)
+    assert ">16<" in figures.draw_rank_map(ranks)
+    del ranks["layers.16.up"]
+    assert ">77<" in figures.draw_rank_map(ranks)
+
+
 def test_progress_names_phases_and_target(run: dict):
     record = RunRecord.from_dict(run)
     svg = figures.draw_progress(record.steps, record.target)

@@ -5,6 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan, save_pretrained
+from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.report import latency
 from lightning_compress.report.latency import measure_latency, run_bench
 from lightning_compress.report.latency_table import LatencyTable
@@ -128,6 +131,16 @@ def test_bench_opens_folders_prints_the_table_and_keeps_it(tmp_path: Path, model
     assert table.baselines == ("dense",)
     assert LatencyTable.from_json(kept.read_text(encoding="utf-8")) == table
     assert "small" in capsys.readouterr().out
+
+
+def test_bench_opens_a_compressed_folder(tmp_path: Path, models):
+    models["dense"].save_pretrained(tmp_path / "dense")
+    compressor = Compressor(models["dense"], [SoftThresholdRankConfig(target_params=0.5, rank_multiple=1)])
+    compressor.prepare()
+    attach_plan(models["dense"], compressor.convert())
+    save_pretrained(models["dense"], tmp_path / "half")
+    table = run_bench(tmp_path / "half", tmp_path / "dense", [1], [4], rounds=1, warmup=1)
+    assert {timing.model for timing in table.timings} == {"half", "dense"}
 
 
 def test_bench_without_rivals_is_refused(tmp_path: Path):

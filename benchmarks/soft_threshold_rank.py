@@ -1,0 +1,271 @@
+"""Train dense and compressed encoders by one recipe and append what came out to a results file.
+
+Every row is one run: a data set, a variant, a seed. Runs that the results file already holds are skipped, so the
+command can be stopped and started again. Data are looked for in the folder named by LIGHTNING_COMPRESS_DATA.
+
+    python benchmarks/soft_threshold_rank.py train --tasks sst2 ag_news imdb --variants dense rank50 rank25
+    python benchmarks/soft_threshold_rank.py latency --tasks sst2
+    python benchmarks/soft_threshold_rank.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch import Callback, Trainer, seed_everything
+from rich.console import Console
+from rich.table import Table
+
+import lightning_compress
+from lightning_compress.callbacks import SoftThresholdRank
+from lightning_compress.data import TextClassificationData
+from lightning_compress.deploy import attach_plan, disk_bytes
+from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.nn.flops import count_flops, count_parameters
+from lightning_compress.report.latency import measure_latency
+from lightning_compress.report.machine import describe_machine
+from lightning_compress.tasks import TextClassifier
+
+DATA = Path(os.environ.get("LIGHTNING_COMPRESS_DATA", "../shared/data"))
+RESULTS = Path(__file__).parent / "results" / "soft_threshold_rank.jsonl"
+MODELS = Path("runs") / "benchmarks" / "soft_threshold_rank"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set and the budget of steps that every variant gets."""
+
+    files: dict[str, str]
+    text_column: list[str]
+    max_length: int
+    steps: int
+    limit_train: int | None = None
+
+
+TASKS = {
+    "sst2": Task({"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}, ["text"], 64, 1200),
+    "ag_news": Task({"train": "train.tsv", "test": "test.tsv"}, ["title", "description"], 96, 600),
+    "imdb": Task({"train": "train_sample.tsv", "test": "test_sample.tsv"}, ["text"], 256, 312),
+}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "rank50": {"target_params": 0.5},
+    "rank25": {"target_params": 0.25},
+    "uniform50": {"target_params": 0.5, "allocation": "uniform"},
+    "uniform25": {"target_params": 0.25, "allocation": "uniform"},
+    "svd50": {"target_params": 0.5, "init": "svd"},
+    "exp50": {"target_params": 0.5, "regularizer": "exp"},
+}
+
+
+class StepClock(Callback):
+    """Median time of an optimizer step, phase by phase of the callback."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop it."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def data_of(name: str, batch_size: int = 32) -> TextClassificationData:
+    """Return the data module of a task."""
+    task = TASKS[name]
+    files = {part: str(DATA / name / file) for part, file in task.files.items()}
+    return TextClassificationData(
+        **files,  # type: ignore[arg-type]
+        text_column=task.text_column,
+        max_length=task.max_length,
+        batch_size=batch_size,
+        limit_train=task.limit_train,
+    )
+
+
+def learning_rate_of(variant: str) -> float:
+    """Both kinds of run get the learning rate that did best for them among 5e-5, 1e-4, 2e-4 and 4e-4 on SST-2."""
+    return 1e-4 if variant == "dense" else 2e-4
+
+
+def train(name: str, variant: str, seed: int) -> dict[str, Any]:
+    """Run one training and return its row; the trained model is saved under ``runs/``."""
+    seed_everything(seed)
+    settings, clock = VARIANTS[variant], StepClock()
+    callbacks: list[Callback] = [clock]
+    if settings is not None:
+        callbacks.append(SoftThresholdRank(**settings))
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0, callbacks=callbacks,
+        logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, enable_progress_bar=False,
+    )  # fmt: skip
+    module, data = TextClassifier(learning_rate=learning_rate_of(variant)), data_of(name)
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - started
+    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
+    folder = MODELS / f"{name}-{variant}-{seed}"
+    _save(module, data, folder)
+    return {
+        **_row(name, variant, seed),
+        "accuracy": metrics["test/acc"],
+        "learning_rate": learning_rate_of(variant),
+        "fit_seconds": round(seconds, 1),
+        "step_seconds": _thirds(clock.seconds),
+        **_sizes(module.model, data),
+        "weight_bytes": disk_bytes(folder),
+        "ranks": _ranks(module.model),
+    }
+
+
+def training_free(name: str, seed: int, ratio: float) -> dict[str, Any]:
+    """Factorise the fine-tuned dense model by whitened SVD at uniform ranks, without training, and test it."""
+    data = data_of(name)
+    data.prepare_data()
+    data.setup("fit")
+    folder = MODELS / f"{name}-dense-{seed}"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    config = SoftThresholdRankConfig(target_params=ratio, allocation="uniform")
+    compressor = lightning_compress.Compressor(model, [config])
+    compressor.prepare()
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
+    compressor.calibrate(batches)
+    compressor.update(config.warmup)
+    attach_plan(model, compressor.convert())
+    data.setup("test")
+    model.eval()
+    right = total = 0
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for batch in data.test_dataloader():
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(-1) == labels).sum())
+            total += len(labels)
+    variant = f"free{round(100 * ratio)}"
+    return {**_row(name, variant, seed), "accuracy": right / total, **_sizes(model, data), "ranks": _ranks(model)}
+
+
+def _row(name: str, variant: str, seed: int) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    task = TASKS[name]
+    budget = {"steps": task.steps, "batch_size": 32, "max_length": task.max_length}
+    return {"task": name, "variant": variant, "seed": seed, **budget, "commit": commit.stdout.strip(), "machine": describe_machine()}
+
+
+def _sizes(model: Any, data: TextClassificationData) -> dict[str, Any]:
+    parameters = count_parameters(model)
+    return {
+        "parameters": {scope: getattr(parameters, scope) for scope in ("linear", "encoder", "total")},
+        "flops": count_flops(model, data.lengths("test")).total,
+    }
+
+
+def _ranks(model: Any) -> dict[str, int]:
+    return {name: m.rank for name, m in model.named_modules() if type(m).__name__ == "LowRankLinear"}
+
+
+def _save(module: TextClassifier, data: TextClassificationData, folder: Path) -> None:
+    model = module.model
+    assert model is not None
+    if lightning_compress.plan_of(model) is None:
+        model.save_pretrained(folder)
+    else:
+        lightning_compress.save_pretrained(model, folder)
+    data.tokenizer.save_pretrained(folder)
+
+
+def _thirds(seconds: list[float]) -> dict[str, float]:
+    """Median step time at the start (warm-up), in the middle of the search, and in recovery."""
+    n = len(seconds)
+    parts = {"warmup": seconds[2 : n // 10], "search": seconds[n // 8 : n // 2 - 1], "recovery": seconds[n // 2 + 1 :]}
+    return {part: round(sorted(values)[len(values) // 2], 4) for part, values in parts.items() if values}
+
+
+def _done() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def _append(row: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:
+    """Run what is missing, cheapest data sets first."""
+    for name in tasks:
+        for seed in seeds:
+            for variant in variants:
+                if any((r["task"], r["variant"], r["seed"]) == (name, variant, seed) for r in _done()):
+                    continue
+                ratio = float(variant.removeprefix("free")) / 100 if variant.startswith("free") else None
+                row = train(name, variant, seed) if ratio is None else training_free(name, seed, ratio)
+                _append(row)
+                print(f"{name} {variant} seed {seed}: accuracy {row['accuracy']:.4f}", flush=True)
+
+
+def run_latency(name: str, variants: list[str], rounds: int, batch_sizes: list[int], lengths: list[int]) -> None:
+    """Time the saved models of one data set against the dense one, interleaved."""
+    models = {variant: MODELS / f"{name}-{variant}-0" for variant in variants}
+    table = measure_latency(models, batch_sizes, lengths, rounds=rounds)
+    Console().print(table.to_rich())
+    (RESULTS.parent / f"latency_{name}.json").write_text(table.to_json())
+
+
+def print_table() -> None:
+    """Print all rows, each against the dense run of the same data set and seed."""
+    rows = _done()
+    dense = {(r["task"], r["seed"]): r for r in rows if r["variant"] == "dense"}
+    table = Table("data", "variant", "seed", "steps", "accuracy", "vs dense", "linear", "encoder", "total", "FLOPs", "MB")
+    for row in sorted(rows, key=lambda r: (r["task"], r["variant"], r["seed"])):
+        base = dense[row["task"], row["seed"]]
+        share = {s: row["parameters"][s] / base["parameters"][s] for s in ("linear", "encoder", "total")}
+        size = f"{row['weight_bytes'] / 1e6:.1f}" if "weight_bytes" in row else ""
+        table.add_row(
+            row["task"], row["variant"], str(row["seed"]), str(row["steps"]), f"{100 * row['accuracy']:.2f}",
+            f"{100 * (row['accuracy'] - base['accuracy']):+.2f}", *(f"{v:.3f}" for v in share.values()),
+            f"{row['flops'] / base['flops']:.3f}", size,
+        )  # fmt: skip
+    Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train")
+    training.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    training.add_argument("--variants", nargs="+", default=["dense", "rank50", "rank25"])
+    training.add_argument("--seeds", nargs="+", type=int, default=[0])
+    latency = commands.add_parser("latency")
+    latency.add_argument("--tasks", nargs="+", default=["sst2"], choices=TASKS)
+    latency.add_argument("--variants", nargs="+", default=["dense", "rank50", "rank25"])
+    latency.add_argument("--rounds", type=int, default=21)
+    latency.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
+    latency.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "train":
+        run_training(args.tasks, args.variants, args.seeds)
+    elif args.command == "latency":
+        for name in args.tasks:
+            run_latency(name, args.variants, args.rounds, args.batch_sizes, args.lengths)
+    else:
+        print_table()
+
+
+if __name__ == "__main__":
+    main()
