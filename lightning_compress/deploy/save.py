@@ -22,7 +22,7 @@ from lightning_compress.deploy.load import (
     mark_as_plain,
 )
 from lightning_compress.deploy.model_card import disk_bytes, model_card, read_measurements
-from lightning_compress.deploy.skeleton import build_skeleton, require_converted, root_of, tensor_shapes
+from lightning_compress.deploy.skeleton import build_skeleton, root_of, tensor_shapes
 from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.plan import CompressionPlan
 
@@ -130,7 +130,6 @@ def _deployable_plan(transformer: PreTrainedModel) -> CompressionPlan:
             "lightning_compress.convert(module) first; a dense model is saved by its own save_pretrained"
         )
     plan = quantizer.compression_plan
-    require_converted(plan)
     _check_fits(transformer, plan, quantizer.quantization_config)
     return plan
 
