@@ -17,11 +17,19 @@ from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConf
 from lightning_compress.plan import CompressionPlan, PlanError
 
 if TYPE_CHECKING:
-    from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
+    from lightning_compress.callbacks import (
+        CompressedModelCheckpoint,
+        CompressionMixin,
+        CompressionReport,
+        SoftThresholdRank,
+        convert,
+    )
 
 __all__ = [
+    "CompressedModelCheckpoint",
     "CompressionMixin",
     "CompressionPlan",
+    "CompressionReport",
     "Compressor",
     "PlanError",
     "SoftThresholdRank",
@@ -34,7 +42,13 @@ __all__ = [
     "save_pretrained",
 ]
 
-_NEED_LIGHTNING = ("CompressionMixin", "SoftThresholdRank", "convert")
+_NEED_LIGHTNING = (
+    "CompressedModelCheckpoint",
+    "CompressionMixin",
+    "CompressionReport",
+    "SoftThresholdRank",
+    "convert",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ The callbacks drive a :class:`Compressor`; so can a bare PyTorch loop::
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -41,16 +42,20 @@ class Compressor:
     Args:
         model: The transformers model to compress.
         configs: Method configurations, in any order, each method once.
+        plan: What was done to the model before, if it was loaded compressed.
 
     Raises:
         ValueError: If a method is given twice.
     """
 
-    def __init__(self, model: nn.Module, configs: Iterable[MethodConfig] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, configs: Iterable[MethodConfig] = (), plan: CompressionPlan | None = None
+    ) -> None:
         self.model = model
         self.configs: dict[str, MethodConfig] = {}
         self.handles: dict[str, MethodHandle] = {}
-        self._records: tuple[MethodRecord, ...] = ()
+        self._loaded = () if plan is None else plan.methods
+        self._records: tuple[MethodRecord, ...] = self._loaded
         self._ledgers: list[Ledger] = []
         self._auxiliary = AuxiliaryOptimizer(())
         self._taken: set[str] = set()
@@ -97,14 +102,42 @@ class Compressor:
         """Install the trainable machinery of every method.
 
         Raises:
-            ValueError: If the model is prepared or converted already, or a method cannot be installed.
+            ValueError: If the model is prepared already, went through one of the methods before, or a method cannot
+                be installed.
         """
-        if self.is_prepared or self.is_converted:
-            state = "prepared" if self.is_prepared else "converted"
-            raise ValueError(f"the model is {state} already: a compressor prepares a model once")
+        if self.is_prepared:
+            raise ValueError("the model is prepared already: a compressor prepares a model once")
+        done = {record.method: record.config for record in self._records}
+        for stem, config in self.configs.items():
+            if stem in done:
+                raise ValueError(
+                    f"this model was compressed before, by {stem} with {done[stem]}; it cannot be compressed again by "
+                    f"{config}. Start from the dense model, or drop the callback to fine-tune the compressed one"
+                )
         for stem, config in self.configs.items():
             self.handles[stem] = method_named(stem).prepare(self.model, config)
         self._follow_handles()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Show the prepared model some inputs, for methods that look at them; for use without training.
+
+        Args:
+            batches: Keyword arguments of the model's forward, a few batches.
+
+        Raises:
+            ValueError: If the model is not prepared.
+        """
+        if not self.is_prepared:
+            raise ValueError("calibrate needs a prepared model: call prepare first")
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for module in modes:
+            module.training = bool(getattr(module, "is_calibrating", False))
+        for batch in batches:
+            self.model(**batch)
+        for module, mode in modes.items():
+            module.training = mode
 
     def update(self, progress: float) -> None:
         """Move every method's ramps and phases; call before each optimizer step with progress in [0, 1]."""
@@ -154,6 +187,17 @@ class Compressor:
         """Map the id of each replaced parameter to the parameters that took its place."""
         return {key: heirs for ledger in self._all_ledgers() for key, heirs in ledger.successors().items()}
 
+    def dense_skeleton(self) -> nn.Module:
+        """Return the dense model on the meta device: shapes to count, no weights."""
+        memo: dict[int, Any] = {
+            id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+            for t in [*self.model.parameters(), *self.model.buffers()]
+        }
+        model, ledgers = copy.deepcopy((self.model, self._all_ledgers()), memo)
+        for ledger in reversed(ledgers):
+            ledger.revert()
+        return model
+
     def metrics(self) -> dict[str, float]:
         """Quantities worth logging, as ``compress/<stem>/<quantity>``."""
         return {f"compress/{s}/{name}": value for s, h in self.handles.items() for name, value in h.metrics().items()}
@@ -184,12 +228,14 @@ class Compressor:
         if _shape_of(plan) == _shape_of(self.plan):
             self._warn_of_changed_configs(plan)
             return
+        if _shape_of(plan)[: len(self._loaded)] != _shape_of(self.plan)[: len(self._loaded)]:
+            raise PlanError("the model was loaded in a compressed structure that the plan does not begin with")
         for ledger in reversed(self._all_ledgers()):
             ledger.revert()
-        self.handles, self._records, self._ledgers = {}, (), []
-        done = [record for record in plan.methods if record.stage == "converted"]
-        self._ledgers = restore(self.model, CompressionPlan(plan.model_type, tuple(done)))
-        self._records = tuple(done)
+        self.handles, self._records, self._ledgers = {}, self._loaded, []
+        done = tuple(record for record in plan.methods if record.stage == "converted")
+        self._ledgers = restore(self.model, CompressionPlan(plan.model_type, done[len(self._loaded) :]))
+        self._records = done
         for record in plan.methods[len(done) :]:
             method = method_named(record.method)
             try:

@@ -1,6 +1,15 @@
 """When things happen: the only layer, with the command line, data and tasks, that knows Lightning."""
 
 from lightning_compress.callbacks.base import CompressionCallback, CompressionMixin, convert
+from lightning_compress.callbacks.checkpoint import CompressedModelCheckpoint
+from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.soft_threshold_rank import SoftThresholdRank
 
-__all__ = ["CompressionCallback", "CompressionMixin", "SoftThresholdRank", "convert"]
+__all__ = [
+    "CompressedModelCheckpoint",
+    "CompressionCallback",
+    "CompressionMixin",
+    "CompressionReport",
+    "SoftThresholdRank",
+    "convert",
+]

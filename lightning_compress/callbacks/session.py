@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_compress.callbacks.randomness import read_random_state, write_random_state
 from lightning_compress.compressor import Compressor
-from lightning_compress.deploy import attach_plan, detach_plan
+from lightning_compress.deploy import attach_plan, detach_plan, plan_of
 from lightning_compress.methods import MethodConfig
 from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.plan import CompressionPlan, PlanError
@@ -68,32 +68,25 @@ class Session:
         """
         _, model = find_transformer(module, self.module_path)
         if self.compressor is None or self.compressor.model is not model:
-            self.compressor = Compressor(model)
+            self.compressor = Compressor(model, plan=plan_of(model))
         return self.compressor
 
     def prepare(self, module: LightningModule) -> None:
-        """Prepare the model for fitting; a model that is prepared or converted already stays as it is.
+        """Prepare the model for fitting; what was prepared or converted before, by the same settings, stays.
 
         Raises:
-            ValueError: If the model was converted with another configuration.
+            ValueError: If the model went through a method before, with other settings.
         """
         compressor = self.connect(module)
-        if compressor.is_converted or compressor.is_prepared:
-            self._check_unchanged(compressor)
+        if compressor.is_prepared:
             return
-        compressor.configs = {}
-        for config in self.configs:
-            compressor.add(config)
-        compressor.prepare()
-
-    def _check_unchanged(self, compressor: Compressor) -> None:
         done = {record.method: record.config for record in compressor.plan.methods}
-        for config in self.configs:
-            if done.get(config.stem) != config.to_dict():
-                raise ValueError(
-                    f"this model was compressed before, with {done}; it cannot be compressed again by {config}. Start "
-                    "from the dense model, or drop the callback to fine-tune the compressed one"
-                )
+        new = [config for config in self.configs if done.get(config.stem) != config.to_dict()]
+        if new:
+            compressor.configs = {}
+            for config in new:
+                compressor.add(config)
+            compressor.prepare()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors."""

@@ -25,6 +25,7 @@ class SoftThresholdRank(CompressionCallback):
         exclude: Shell patterns over module paths: which of them to leave dense.
         regularizer: ``"target"`` (log of size over a shrinking budget) or ``"exp"`` (sum of exp(-alpha)).
         regularizer_weight: Weight beside the task loss; by default 1 for ``"target"`` and 0.1 for ``"exp"``.
+        allocation: ``"learned"`` ranks, or the same share for every layer (``"uniform"``) without a search.
         init: ``"whitened"`` by the inputs seen during the warm-up, or plain ``"svd"``.
         warmup: Share of training before thresholds move, in [0, 1).
         search_end: Share of training after which ranks are pinned at the latest, in (warmup, 1].
@@ -55,6 +56,7 @@ class SoftThresholdRank(CompressionCallback):
         exclude: Sequence[str] = Config.exclude,
         regularizer: Literal["target", "exp"] = Config.regularizer,
         regularizer_weight: float | None = Config.regularizer_weight,
+        allocation: Literal["learned", "uniform"] = Config.allocation,
         init: Literal["svd", "whitened"] = Config.init,
         warmup: float = Config.warmup,
         search_end: float = Config.search_end,
@@ -73,6 +75,7 @@ class SoftThresholdRank(CompressionCallback):
             exclude=tuple(exclude) if not isinstance(exclude, str) else (exclude,),
             regularizer=regularizer,
             regularizer_weight=regularizer_weight,
+            allocation=allocation,
             init=init,
             warmup=warmup,
             search_end=search_end,

@@ -52,6 +52,8 @@ class SoftThresholdRankConfig(MethodConfig):
     """``"target"``: log of size over a shrinking budget; ``"exp"``: sum of exp(-alpha), stopped at the target."""
     regularizer_weight: float | None = None
     """Weight of the regularizer beside the task loss; by default 1 for ``"target"`` and 0.1 for ``"exp"``."""
+    allocation: Literal["learned", "uniform"] = "learned"
+    """``"learned"``: thresholds decide each layer's rank; ``"uniform"``: every layer gets the same share, no search."""
     init: Literal["svd", "whitened"] = "whitened"
     """Decomposition at the end of the warm-up: plain, or whitened by the inputs seen during the warm-up."""
     warmup: float = 0.1
@@ -73,6 +75,7 @@ class SoftThresholdRankConfig(MethodConfig):
         _check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
         _check(self.scope in ("linear", "encoder", "total"), f"scope={self.scope!r} is not linear, encoder or total")
         _check(self.regularizer in ("target", "exp"), f"regularizer={self.regularizer!r} is not 'target' or 'exp'")
+        _check(self.allocation in ("learned", "uniform"), f"allocation={self.allocation!r} is not learned or uniform")
         _check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
         _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         _check(
@@ -197,9 +200,9 @@ def update(handle: SoftThresholdRankHandle, progress: float) -> None:
     if handle.phase == "warmup" and progress >= config.warmup:
         refactorise(handle)
         _enter(handle, "search")
-    if handle.phase == "search" and (progress >= config.search_end or handle.size <= handle.budget):
+    if handle.phase == "search" and _search_is_over(handle):
         pin(handle)
-    if handle.phase == "search":
+    if handle.phase == "search" and step > 0:
         handle.auxiliary_lr = config.threshold_lr or _crossing_rate(handle, step)
 
 
@@ -219,7 +222,7 @@ def pin(handle: SoftThresholdRankHandle) -> None:
     undershoot by giving up the smallest. A layer that stays dense keeps all its directions.
     """
     config = handle.config
-    margins = {path: layer.margin_M for path, layer in handle.layers.items()}
+    margins = {path: _margin(layer, config.allocation) for path, layer in handle.layers.items()}
     ranks = choose_ranks(margins, handle.sizes, handle.budget, config.rank_multiple, config.dense_above)
     for path, layer in handle.layers.items():
         order_M = margins[path].argsort(descending=True, stable=True)
@@ -307,6 +310,22 @@ def _budget(model: nn.Module, config: SoftThresholdRankConfig, sizes: Mapping[st
             "more, widen include, lower rank_multiple, or count another scope"
         )
     return min(budget, dense)
+
+
+def _search_is_over(handle: SoftThresholdRankHandle) -> bool:
+    is_uniform = handle.config.allocation == "uniform"
+    return is_uniform or handle.progress >= handle.config.search_end or handle.size <= handle.budget
+
+
+def _margin(layer: SoftThresholdLinear, allocation: str) -> torch.Tensor:
+    """Worth of each direction, shape ``[M]``: what was learned, or minus its place as a share of the full rank."""
+    if allocation == "learned":
+        return layer.margin_M
+    order_M = layer.sigma_M.detach().argsort(descending=True, stable=True)
+    place_M = torch.empty_like(layer.sigma_M, requires_grad=False)
+    place_M[order_M] = torch.arange(1, layer.full_rank + 1, dtype=place_M.dtype, device=place_M.device)
+    size = LayerSize(layer.in_features, layer.out_features)
+    return -place_M / size.break_even
 
 
 def _enter(handle: SoftThresholdRankHandle, phase: str) -> None:

@@ -1,0 +1,160 @@
+"""What a run came to, written while it happens: ``report.json`` and one self-contained page."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from lightning_compress.callbacks.session import session_of, training_progress
+from lightning_compress.compressor import Compressor
+from lightning_compress.nn.flops import count_flops, count_parameters
+from lightning_compress.nn.surgery import get_module, linear_shape
+from lightning_compress.report import FinalRecord, LayerRank, RunRecord, ScopeCounts, StepRecord
+from lightning_compress.report import describe_machine, describe_versions, write_report
+
+__all__ = ["CompressionReport"]
+
+
+class CompressionReport(Callback):
+    """Record sizes, FLOPs, ranks and losses over the steps, and write a report when ``fit`` ends.
+
+    Args:
+        directory: Where to write; by default ``compression_report`` in the trainer's log folder.
+        lengths: Tokens of the texts over which FLOPs are counted.
+        every_n_steps: Optimizer steps between two points of the curves, at least 1.
+        dense_metrics: Metrics of a dense run by the same recipe, to compare with, e.g. ``{"val/acc": 0.91}``.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Example:
+        >>> CompressionReport(lengths=[64]).every_n_steps
+        10
+    """
+
+    def __init__(
+        self,
+        directory: str | None = None,
+        lengths: Sequence[int] = (128,),
+        every_n_steps: int = 10,
+        dense_metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        if every_n_steps < 1 or not lengths or min(lengths) < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} and lengths={lengths} must be at least 1")
+        self.directory = directory
+        self.lengths = tuple(lengths)
+        self.every_n_steps = every_n_steps
+        self.dense_metrics = dict(dense_metrics) if dense_metrics else None
+        self.path: Path | None = None
+        self._steps: list[StepRecord] = []
+        self._dense: tuple[ScopeCounts, float] | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the dense model."""
+        compressor = _compressor_of(pl_module)
+        if compressor is None:
+            warnings.warn("CompressionReport has nothing to report: no compression callback is active", stacklevel=2)
+            return
+        skeleton = compressor.dense_skeleton()
+        self._dense = _scopes(skeleton), count_flops(skeleton, self.lengths).total
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note where compression stands."""
+        compressor, step = _compressor_of(pl_module), trainer.global_step
+        is_due = step % self.every_n_steps == 0 and (not self._steps or self._steps[-1].step != step)
+        if compressor is None or self._dense is None or not compressor.is_prepared or not is_due:
+            return
+        scopes, dense_flops = self._dense
+        self._steps.append(
+            StepRecord(
+                step=step,
+                progress=training_progress(trainer, pl_module, batch_idx + 1),
+                phase=" + ".join(handle.phase for handle in compressor.handles.values()),
+                size_ratio=count_parameters(compressor.model).linear / scopes.linear,
+                flops_ratio=count_flops(compressor.model, self.lengths).total / dense_flops,
+                ranks={name: m.rank for name, m in _ranked(compressor.model)},
+                loss=_numbers(trainer.callback_metrics, "loss"),
+            )
+        )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the report of a fit, after the model was converted, whatever the order of callbacks."""
+        compressor = _compressor_of(pl_module)
+        if stage != "fit" or compressor is None or self._dense is None or not trainer.is_global_zero:
+            return
+        self.path = write_report(self.record(trainer, compressor), self._folder(trainer))
+
+    def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
+        """Return everything noted so far as a record."""
+        assert self._dense is not None, "the dense model is counted at the start of training"
+        plan = compressor.plan
+        settings = plan.methods[0].config if plan.methods else {}
+        return RunRecord(
+            model_type=plan.model_type,
+            methods=[{"method": record.method, "config": record.config} for record in plan.methods],
+            target={name: value for name, value in settings.items() if name.startswith("target_")},
+            steps=self._steps,
+            final=self._final(compressor) if compressor.is_converted else None,
+            metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, "val")},
+            machine=describe_machine(),
+            versions=describe_versions(),
+        )
+
+    def _final(self, compressor: Compressor) -> FinalRecord:
+        assert self._dense is not None
+        skeleton, model = compressor.dense_skeleton(), compressor.model
+        return FinalRecord(
+            dense=self._dense[0],
+            compressed=_scopes(model),
+            dense_flops=self._dense[1],
+            compressed_flops=count_flops(model, self.lengths).total,
+            ranks={
+                path: LayerRank(m.rank, min(linear_shape(get_module(skeleton, path))), "low_rank")
+                for path, m in _ranked(model)
+            },
+        )
+
+    def _folder(self, trainer: Trainer) -> Path:
+        root = trainer.log_dir or trainer.default_root_dir
+        return Path(self.directory) if self.directory is not None else Path(root) / "compression_report"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, as plain values."""
+        return {"schema": 1, "steps": [step.to_dict() for step in self._steps]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a resumed run."""
+        self._steps = [StepRecord.from_dict(step) for step in state_dict["steps"]]
+
+
+def _compressor_of(module: LightningModule) -> Compressor | None:
+    session = session_of(module)
+    return None if session is None else session.compressor
+
+
+def _scopes(model: nn.Module) -> ScopeCounts:
+    counted = count_parameters(model)
+    return ScopeCounts(linear=counted.linear, encoder=counted.encoder, total=counted.total)
+
+
+def _ranked(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "rank", None), int)]
+
+
+def _numbers(metrics: Mapping[str, Any], word: str) -> dict[str, float]:
+    numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in metrics.items()}
+    return {name: value for name, value in numbers.items() if word in name}
