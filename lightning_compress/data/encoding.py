@@ -94,7 +94,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source = resolve_pretrained(name, marker="tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"`tokenizer={name!r}` cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

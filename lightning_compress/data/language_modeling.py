@@ -149,7 +149,7 @@ class LanguageModelingData(ResumableDataModule):
             source = resolve_pretrained(self.tokenizer_name, marker="tokenizer_config.json")
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(source)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"`tokenizer={self.tokenizer_name!r}` cannot be loaded: {error}") from error
         assert self._tokenizer is not None
         return self._tokenizer

@@ -50,17 +50,23 @@ class CausalLanguageModel(TransformerTask):
         self.model_name = model
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
+        self.configure_model()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the model's vocabulary with the data's."""
+        assert self.model is not None, "the model is built in __init__"
+        num_tokens, num_embeddings = getattr(self.datamodule, "vocab_size", None), self.model.config.vocab_size
+        if num_tokens is not None and num_tokens > num_embeddings:
+            raise ValueError(
+                f"`model={self.model_name!r}` has {num_embeddings} embeddings, but the data's tokenizer"
+                f" has {num_tokens} tokens; use the model's own tokenizer."
+            )
 
     @override
     def build_model(self) -> PreTrainedModel:
         """Load the decoder, or initialise it from its configuration."""
         config = load_config(self.model_name, self.attention_dropout)
-        num_tokens = getattr(self.datamodule, "vocab_size", None)
-        if num_tokens is not None and num_tokens > config.vocab_size:
-            raise ValueError(
-                f"`model={self.model_name!r}` has {config.vocab_size} embeddings, but the data's tokenizer"
-                f" has {num_tokens} tokens; use the model's own tokenizer."
-            )
         return build_model(AutoModelForCausalLM, self.model_name, config)
 
     @override

@@ -59,6 +59,14 @@ class TextClassifier(TransformerTask):
         self.model_name = model
         self.num_labels = num_labels
         self.label_names = label_names
+        if num_labels is not None:
+            self.configure_model()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the labels of a model that is built already with the data's."""
+        if self.model is not None:
+            self._settle_labels()
 
     @override
     def build_model(self) -> PreTrainedModel:
