@@ -1,4 +1,4 @@
-"""What the two tasks share: a Hugging Face model built late, checked arguments, optimizer and schedule.
+"""What the two tasks share: a Hugging Face model built once, checked arguments, optimizer and schedule.
 
 The next chapters are :mod:`lightning_compress.tasks.text_classifier` and
 :mod:`lightning_compress.tasks.causal_language_model`.
@@ -20,7 +20,9 @@ __all__ = ["TransformerTask"]
 
 
 class TransformerTask(LightningModule):
-    """A ``LightningModule`` around one transformers model, ``self.model``, made in ``configure_model``.
+    """A ``LightningModule`` around one transformers model, ``self.model``, made by ``configure_model``.
+
+    A task that knows enough calls ``configure_model`` in its ``__init__``; Lightning calls it otherwise.
 
     Args:
         learning_rate: Peak learning rate, above 0.

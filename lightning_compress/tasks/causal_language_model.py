@@ -33,7 +33,7 @@ class CausalLanguageModel(TransformerTask):
             torch's CPU build cannot use its fused attention kernel in training and steps take longer.
 
     Raises:
-        ValueError: An argument is out of range. From ``configure_model``: not a model, or fewer embeddings
+        ValueError: An argument is out of range, or not a model. When training is set up: fewer embeddings
             than the data's tokenizer has tokens.
     """
 
@@ -56,7 +56,8 @@ class CausalLanguageModel(TransformerTask):
     def setup(self, stage: str) -> None:
         """Compare the model's vocabulary with the data's."""
         assert self.model is not None, "the model is built in __init__"
-        num_tokens, num_embeddings = getattr(self.datamodule, "vocab_size", None), self.model.config.vocab_size
+        num_tokens = getattr(self.datamodule, "vocab_size", None)
+        num_embeddings = self.model.config.vocab_size
         if num_tokens is not None and num_tokens > num_embeddings:
             raise ValueError(
                 f"`model={self.model_name!r}` has {num_embeddings} embeddings, but the data's tokenizer"

@@ -5,12 +5,10 @@ It knows nothing of compression: it stands for the module a user already has.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torchmetrics import Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_compress.data.embedded import MINILM
@@ -29,7 +27,9 @@ class TextClassifier(TransformerTask):
     Args:
         model: ``"minilm"`` (the embedded all-MiniLM-L6-v2), a folder written by ``save_pretrained``, or a hub
             name.
-        num_labels: Number of classes, 1 for regression; taken from the data module if None.
+        num_labels: Number of classes, 1 for regression. If None it is taken from the data module, and the
+            model is built in ``configure_model``; otherwise in ``__init__``, where an optimizer of
+            LightningCLI finds it.
         label_names: Names of the classes, kept in the model's configuration; from the data module if None.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decay of weight matrices.
@@ -38,7 +38,7 @@ class TextClassifier(TransformerTask):
             torch's CPU build cannot use its fused attention kernel in training and steps take longer.
 
     Raises:
-        ValueError: An argument is out of range. From ``configure_model``: not a model, or as many labels as
+        ValueError: An argument is out of range, or not a model. When training is set up: as many labels as
             the data do not have.
     """
 
@@ -64,20 +64,18 @@ class TextClassifier(TransformerTask):
 
     @override
     def setup(self, stage: str) -> None:
-        """Compare the labels of a model that is built already with the data's."""
+        """Compare the labels of a model that is built already with the data's, and take their names."""
         if self.model is not None:
             self._settle_labels()
+            self._name_labels(self.model.config)
 
     @override
     def build_model(self) -> PreTrainedModel:
         """Settle the labels, then load the encoder under a fresh head."""
         self._settle_labels()
         assert self.num_labels is not None
-        changes: dict[str, Any] = {"num_labels": self.num_labels}
-        if self.label_names is not None:
-            changes["id2label"] = dict(enumerate(self.label_names))
-            changes["label2id"] = {name: number for number, name in enumerate(self.label_names)}
-        config = load_config(self.model_name, self.attention_dropout, **changes)
+        config = load_config(self.model_name, self.attention_dropout, num_labels=self.num_labels)
+        self._name_labels(config)
         config.problem_type = "regression" if self.is_regression else "single_label_classification"
         self.val_metric, self.test_metric = self._new_metric(), self._new_metric()
         return build_model(AutoModelForSequenceClassification, self.model_name, config)
@@ -146,3 +144,8 @@ class TextClassifier(TransformerTask):
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"`label_names` has {len(self.label_names)} names for {self.num_labels} labels.")
         self.hparams.update(num_labels=self.num_labels, label_names=self.label_names)
+
+    def _name_labels(self, config: PretrainedConfig) -> None:
+        if self.label_names is not None:
+            config.id2label = dict(enumerate(self.label_names))
+            config.label2id = {name: number for number, name in enumerate(self.label_names)}

@@ -216,6 +216,15 @@ def test_iterating_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_an_epoch_seeds_its_workers_alike_whatever_came_before():
+    through, resumed = numbers_loader(), numbers_loader()
+    list(through)
+    for loader in (through, resumed):
+        loader.sampler.set_epoch(1)
+        list(loader)
+    assert torch.equal(through.generator.get_state(), resumed.generator.get_state())
+
+
 @pytest.mark.parametrize(
     "state", [{}, {"epoch": 0}, {"epoch": -1, "batches": 2}, {"epoch": 0, "batches": -2}]
 )

@@ -128,6 +128,17 @@ def test_labels_must_be_known(encoder):
         TextClassifier(encoder, num_labels=0)
 
 
+def test_with_a_number_of_labels_the_parameters_are_there_at_once(encoder, tmp_path):
+    module = TextClassifier(encoder, num_labels=2)
+    before = module.model
+    assert len(list(module.parameters())) > 30
+    rows = data(encoder, tmp_path, ["no", "yes"])
+    toy_trainer(max_steps=1).fit(module, datamodule=rows)
+    assert module.model is before
+    assert module.model.config.id2label == {0: "no", 1: "yes"}
+    assert list(TextClassifier(encoder).parameters()) == []
+
+
 def test_a_folder_that_is_not_a_model_is_refused_before_training(encoder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no config\.json"):
