@@ -1,0 +1,171 @@
+"""The command line: a LightningCLI for training runs, and three commands of our own.
+
+``lightning-compress fit|validate|test|predict --config run.yaml`` is Lightning's own command line with this
+package's tasks, data and callbacks known by their short names. ``demo``, ``report`` and ``bench`` are ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_compress import __version__
+from lightning_compress.callbacks import CompressedModelCheckpoint, CompressionReport, SoftThresholdRank
+from lightning_compress.data import LanguageModelingData, TextClassificationData
+from lightning_compress.demo import run_demo
+from lightning_compress.deploy import plan_of, save_pretrained
+from lightning_compress.report import render_run, run_bench
+from lightning_compress.tasks import CausalLanguageModel, TextClassifier
+
+__all__ = ["CompressionCLI", "main"]
+
+USAGE = """\
+usage: lightning-compress COMMAND ...
+
+Compress transformers while they fine-tune.
+
+training runs (Lightning's command line; each takes --config run.yaml and --help):
+  fit          train, and compress where the configuration lists a compression callback
+  validate     evaluate on the validation part
+  test         evaluate on the test part
+  predict      predict
+
+others:
+  demo         fine-tune a real encoder dense and compressed, and print what was gained
+  report       render the page of a finished run anew from its report.json
+  bench        time saved models against each other, interleaved
+
+  --help       show this text (COMMAND --help for one command)
+  --version    show the version
+"""
+
+_KNOWN_BY_SHORT_NAME = (
+    CausalLanguageModel,
+    CompressedModelCheckpoint,
+    CompressionReport,
+    LanguageModelingData,
+    SoftThresholdRank,
+    TextClassificationData,
+    TextClassifier,
+)
+
+
+class CompressionCLI(LightningCLI):
+    """LightningCLI with this package's defaults; after ``fit`` a compressed model is saved as a folder."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--output``, defaults for model and data, and what the model takes from the data."""
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="Folder for the compressed model (default: LOG_DIR/model)."
+        )
+        parser.set_defaults({"model": {"class_path": "TextClassifier"}, "data": {"class_path": "TextClassificationData"}})
+        for name in ("num_labels", "label_names"):
+            parser.link_arguments("data", f"model.init_args.{name}", _reader(name), apply_on="instantiate")
+
+    def after_fit(self) -> None:
+        """Save a converted model, its tokenizer and its card."""
+        model = getattr(self.model, "model", None)
+        if model is None or not self.trainer.is_global_zero or plan_of(model) is None:
+            return
+        root = self.trainer.log_dir or self.trainer.default_root_dir
+        folder = Path(self._get(self.config, "output") or Path(root) / "model")
+        save_pretrained(model, folder, tokenizer=getattr(self.datamodule, "tokenizer", None))
+        print(f"The compressed model is in {folder}")
+
+
+def _reader(name: str) -> Any:
+    def read(data: Any) -> Any:
+        value = getattr(data, name, None)
+        return list(value) if isinstance(value, tuple) else value
+
+    return read
+
+
+def report_parser() -> ArgumentParser:
+    """Return the parser of ``lightning-compress report``."""
+    parser = ArgumentParser(prog="lightning-compress report", description="Render a run's page anew.")
+    parser.add_argument("run_dir", type=str, help="Folder that holds report.json, directly or beneath it.")
+    return parser
+
+
+def bench_parser() -> ArgumentParser:
+    """Return the parser of ``lightning-compress bench``."""
+    parser = ArgumentParser(prog="lightning-compress bench", description="Time saved models against each other.")
+    parser.add_argument("model_dir", type=str, help="Folder of the model, compressed or dense.")
+    parser.add_argument("--against", type=str, nargs="+", required=True, help="Folders to compare with.")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="Sequences per batch.")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128], help="Tokens per sequence.")
+    parser.add_argument("--dtypes", type=str, nargs="+", default=["fp32", "bf16"], help="Number formats.")
+    parser.add_argument("--rounds", type=int, default=21, help="Timed passes of each model, in turns.")
+    parser.add_argument("--threads", type=int | None, default=None, help="Threads inside an operator.")
+    parser.add_argument("--json", type=str | None, default=None, help="Also write the table to this file.")
+    return parser
+
+
+def demo_parser() -> ArgumentParser:
+    """Return the parser of ``lightning-compress demo``."""
+    parser = ArgumentParser(prog="lightning-compress demo", description="Fine-tune dense and compressed, and compare.")
+    parser.add_argument("--steps", type=int, default=300, help="Optimizer steps of each of the two runs.")
+    parser.add_argument("--target-params", type=float, default=0.5, help="Share of linear weights to keep, in (0, 1].")
+    parser.add_argument("--output", type=str, default="demo-output", help="Folder for models and report.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of both runs.")
+    return parser
+
+
+def _report(args: Namespace) -> None:
+    print(render_run(args.run_dir))
+
+
+def _bench(args: Namespace) -> None:
+    shapes = (args.batch_sizes, args.lengths, args.dtypes)
+    run_bench(args.model_dir, args.against, *shapes, args.rounds, args.threads, args.json)
+
+
+def _demo(args: Namespace) -> None:
+    run_demo(steps=args.steps, target_params=args.target_params, output=Path(args.output), seed=args.seed)
+
+
+_OWN = {"report": (report_parser, _report), "bench": (bench_parser, _bench), "demo": (demo_parser, _demo)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; errors that the user can mend are printed without a traceback.
+
+    Args:
+        arguments: Words after the program's name; None means ``sys.argv[1:]``.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    if words[0] in _OWN:
+        make_parser, run = _OWN[words[0]]
+        args = make_parser().parse_args(words[1:])
+        try:
+            run(args)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        return
+    CompressionCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        args=words,
+    )
+
+
+if __name__ == "__main__":
+    main()
