@@ -68,9 +68,10 @@ class AuxiliaryOptimizer:
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the moments of some parameters."""
-        if self._optimizer is not None:
+        optimizer = self._optimizer if self._pending is None else self.optimizer
+        if optimizer is not None:
             for parameter in parameters:
-                self._optimizer.state.pop(parameter, None)
+                optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the optimizer's state, or None where there is nothing to keep."""

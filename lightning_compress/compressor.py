@@ -148,8 +148,9 @@ class Compressor:
             self._stale += stale
 
     def begin_step(self) -> None:
-        """Forget which loss terms were taken: a new forward pass begins."""
+        """Forget which loss terms were taken, and count what earlier passes gathered: a new forward pass begins."""
         self._taken = set()
+        self._end_pass()
 
     def take_loss_terms(self, stem: str | None = None) -> dict[str, Tensor]:
         """Return weighted scalar loss terms by name ``<stem>/<term>`` and mark them as taken.
@@ -164,8 +165,13 @@ class Compressor:
 
     def step(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """Step the auxiliary parameters and clear moments that a change of phase made stale in ``optimizers``."""
+        self._end_pass()
         self._auxiliary.step(scaler)
         self.clear_stale_moments(optimizers)
+
+    def _end_pass(self) -> None:
+        for handle in self.handles.values():
+            handle.end_pass()
 
     def clear_stale_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Give parameters whose meaning changed fresh moments in the user's optimizers."""

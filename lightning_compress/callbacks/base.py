@@ -49,7 +49,7 @@ class CompressionMixin:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         session = session_of(self)
         if session is not None:
-            session.save(checkpoint)
+            session.save(checkpoint, in_batch=_is_in_batch(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure that the checkpoint's weights belong to, larger or smaller than now."""
@@ -79,9 +79,9 @@ class _Attached(CompressionMixin):
         return _configure_optimizers(self, super().configure_optimizers)  # type: ignore[misc]
 
     def on_fit_start(self) -> None:
-        """Restore random state when resuming at the start of an epoch."""
+        """Take over the random state when resuming."""
         super().on_fit_start()  # type: ignore[misc]
-        _session(self).restore_random_state()
+        _session(self).random.start_fit()
 
     def on_train_start(self) -> None:
         """Check optimizers and schedule before an epoch is spent."""
@@ -93,9 +93,8 @@ class _Attached(CompressionMixin):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Move ramps and phases at the start of each optimizer step."""
         session, trainer = _session(self), self.trainer  # type: ignore[attr-defined]
-        if session.random_state is not None and batch_idx > 0:
-            session.restore_random_state()
-        session.random_state, session.stepped_auxiliary = None, False
+        session.random.start_batch(batch_idx)
+        session.stepped_auxiliary = False
         if session.last_step != trainer.global_step or not self.automatic_optimization:  # type: ignore[attr-defined]
             session.last_step = trainer.global_step
             compressor = _compressor(self)
@@ -124,6 +123,17 @@ class _Attached(CompressionMixin):
         if not session.stepped_auxiliary:
             session.stepped_auxiliary = True
             _compressor(self).step(scaler=_scaler(self))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the random state with which training goes on."""
+        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]
+        _session(self).random.end_batch()
+
+    def on_validation_end(self) -> None:
+        """Keep random numbers that validation drew away from training, which may resume without it."""
+        super().on_validation_end()  # type: ignore[misc]
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:  # type: ignore[attr-defined]
+            _session(self).random.end_validation()
 
 
 class CompressionCallback(Callback):
@@ -240,6 +250,12 @@ def _builds_later(module: Any) -> bool:
     after = type(module).__mro__[type(module).__mro__.index(_Attached) + 1 :]
     owner = next(cls for cls in after if "configure_model" in vars(cls))
     return owner.__name__ not in ("LightningModule", "_ModelHooks", "ModelHooks")
+
+
+def _is_in_batch(module: Any) -> bool:
+    """Whether the batch that training is at was not learned from yet."""
+    batches = module.trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.ready > batches.processed
 
 
 def _session(module: object) -> Session:

@@ -7,6 +7,7 @@ where training stands. It is found on the module as ``module.__dict__["_compress
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_compress.callbacks.randomness import read_random_state, write_random_state
+from lightning_compress.callbacks.randomness import RandomStream
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, detach_plan, plan_of
 from lightning_compress.methods import MethodConfig
@@ -35,12 +36,12 @@ class Session:
 
     configs: list[MethodConfig] = field(default_factory=list)
     module_path: str | None = None
-    trainer_id: int | None = None
     compressor: Compressor | None = None
     last_step: int | None = None
-    random_state: dict[str, Any] | None = None
+    random: RandomStream = field(default_factory=RandomStream)
     stepped_auxiliary: bool = False
     instance_hooks: dict[str, Any] = field(default_factory=dict)
+    _trainer: weakref.ref[Trainer] | None = None
 
     def register(self, trainer: Trainer, config: MethodConfig, module_path: str | None) -> None:
         """Add a callback's configuration; a new trainer starts with none.
@@ -48,8 +49,8 @@ class Session:
         Raises:
             ValueError: If callbacks name different modules, or the same method twice.
         """
-        if self.trainer_id != id(trainer):
-            self.trainer_id, self.configs, self.module_path = id(trainer), [], None
+        if not self.is_of(trainer):
+            self._trainer, self.configs, self.module_path = weakref.ref(trainer), [], None
         if any(known is config for known in self.configs):
             return
         if module_path is not None and self.module_path not in (None, module_path):
@@ -59,6 +60,10 @@ class Session:
             if known.stem == config.stem:
                 raise ValueError(f"{config.stem} is asked for twice, with {known} and {config}: keep one callback")
         self.configs.append(config)
+
+    def is_of(self, trainer: Trainer) -> bool:
+        """Whether the callbacks that registered here are this trainer's."""
+        return self._trainer is not None and self._trainer() is trainer
 
     def connect(self, module: LightningModule) -> Compressor:
         """Return the compressor of the module's transformer, created at the first call.
@@ -88,7 +93,7 @@ class Session:
                 compressor.add(config)
             compressor.prepare()
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
+    def save(self, checkpoint: dict[str, Any], *, in_batch: bool) -> None:
         """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors."""
         if self.compressor is None or not self.compressor.plan.methods:
             return
@@ -97,7 +102,7 @@ class Session:
             "module": self.module_path,
             "plan": self.compressor.plan.to_dict(),
             "state": self.compressor.state_dict(),
-            "random_state": read_random_state(),
+            "random_state": self.random.state_dict(in_batch=in_batch),
         }
 
     def load(self, module: LightningModule, checkpoint: Mapping[str, Any], *, fitting: bool) -> None:
@@ -120,7 +125,8 @@ class Session:
         compressor.load_state_dict(data["state"])
         _mark(compressor)
         self.last_step = None
-        self.random_state = data["random_state"] if fitting else None
+        if fitting and module.trainer.is_global_zero:
+            self.random.load_state_dict(data["random_state"])
 
     def _load_dense(self, fitting: bool) -> None:
         if self.compressor is None or not self.compressor.plan.methods:
@@ -133,10 +139,9 @@ class Session:
         self.compressor.apply_plan(CompressionPlan(self.compressor.plan.model_type))
         _mark(self.compressor)
 
-    def restore_random_state(self) -> None:
-        """Put a loaded random state back, if there is one."""
-        if self.random_state is not None:
-            write_random_state(self.random_state)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the trainer out of copies: the copy of a module is of no run."""
+        return {**vars(self), "_trainer": None}
 
     def remaining_terms(self) -> dict[str, Tensor]:
         """Loss terms that nobody took in this step."""

@@ -67,6 +67,10 @@ class MethodHandle(Protocol):
         """Parameters (thresholds, multipliers) that the compressor's private optimizer owns."""
         ...
 
+    def end_pass(self) -> None:
+        """Count what the forward passes so far gathered; until then it is not part of the state."""
+        ...
+
     def pop_stale_moments(self) -> list[nn.Parameter]:
         """Parameters whose optimizer moments became meaningless since the last call."""
         ...

@@ -144,6 +144,11 @@ class SoftThresholdRankHandle:
         """The thresholds."""
         return [layer.alpha for layer in self.layers.values()]
 
+    def end_pass(self) -> None:
+        """Count the inputs gathered during the warm-up."""
+        for layer in self.layers.values():
+            layer.settle()
+
     def pop_stale_moments(self) -> list[nn.Parameter]:
         """The factors and thresholds, after each change of phase."""
         stale, self._stale = self._stale, []
@@ -160,7 +165,8 @@ class SoftThresholdRankHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, progress and gathered moments; thresholds, factors and masks are in the model's own state."""
-        moments = {p: layer.moment_II.clone() for p, layer in self.layers.items() if layer.moment_II is not None}
+        settled = {path: layer.settled_moment_II for path, layer in self.layers.items()}
+        moments = {path: moment_II.clone() for path, moment_II in settled.items() if moment_II is not None}
         state = {"phase": self.phase, "progress": self.progress, "auxiliary_lr": self.auxiliary_lr}
         return {**state, "moments": moments}
 
@@ -171,7 +177,7 @@ class SoftThresholdRankHandle:
         self._stale = []
         for path, layer in self.layers.items():
             moment_II = state["moments"].get(path)
-            layer.moment_II = None if moment_II is None else moment_II.to(layer.u_OM.device)
+            layer.settled_moment_II = None if moment_II is None else moment_II.to(layer.u_OM.device)
 
 
 def prepare(model: nn.Module, config: SoftThresholdRankConfig) -> SoftThresholdRankHandle:

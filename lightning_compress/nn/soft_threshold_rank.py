@@ -77,7 +77,8 @@ class SoftThresholdLinear(nn.Module):
         self.bias = linear.bias
         self.register_buffer("keep_mask_M", torch.ones(rank, dtype=torch.bool, **factory))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32, **factory))
-        self.moment_II: Tensor | None = None
+        self.settled_moment_II: Tensor | None = None
+        self._recent: list[Tensor] = []
         self.mode: Mode = "open"
         self.is_calibrating = False
         self._kept_R: Tensor | None = None
@@ -88,26 +89,46 @@ class SoftThresholdLinear(nn.Module):
     def factorise(self, weight_OI: Tensor | None = None) -> None:
         """Set U, sigma, V (in place) to the decomposition of a weight, by default of the current one.
 
-        With second moments C of the inputs gathered while ``is_calibrating`` (and released here) the decomposition is activation-whitened: with C = L L^T,
-        ``svd(W L) = U sigma V'`` and ``V = V' L^-1``, so that cutting small sigmas costs least output energy.
+        With second moments C of the inputs gathered while ``is_calibrating`` (and released here) the
+        decomposition is activation-whitened: with C = L L^T, ``svd(W L) = U sigma V'`` and ``V = V' L^-1``, so
+        that cutting small sigmas costs least output energy.
         C is normalised to mean diagonal 1, which keeps sigma on the scale of the plain singular values.
 
         Paper: SVD-LLM (ICLR 2025), truncation-aware data whitening.
         """
         weight_OI = self.weight if weight_OI is None else weight_OI
         matrix_OI = weight_OI.double()
-        if self.moment_II is None:
+        self.settle()
+        if self.settled_moment_II is None:
             u_OM, sigma_M, v_MI = torch.linalg.svd(matrix_OI, full_matrices=False)
         else:
-            root_II = _cholesky_root(self.moment_II.double())
+            root_II = _cholesky_root(self.settled_moment_II.double())
             u_OM, sigma_M, white_MI = torch.linalg.svd(matrix_OI @ root_II, full_matrices=False)
             v_MI = torch.linalg.solve_triangular(root_II, white_MI, upper=False, left=False)
         self.u_OM.copy_(u_OM)
         self.sigma_M.copy_(sigma_M)
         self.v_MI.copy_(v_MI)
-        self.moment_II = None
+        self.settled_moment_II = None
         self.alpha.zero_()
         self.scale.fill_(sigma_M.max().clamp_min(1e-12) if self.relative else 1.0)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Count the recently gathered inputs in the second moments.
+
+        Until then they are not part of the state: a run that stops inside a batch does that batch again.
+        """
+        for x_NI in self._recent:
+            if self.settled_moment_II is None:
+                self.settled_moment_II = x_NI.new_zeros(self.in_features, self.in_features)
+            self.settled_moment_II.addmm_(x_NI.T, x_NI)
+        self._recent = []
+
+    @property
+    def moment_II(self) -> Tensor | None:
+        """Sum of x x^T over the gathered inputs, shape ``[I, I]``."""
+        self.settle()
+        return self.settled_moment_II
 
     @property
     def margin_M(self) -> Tensor:
@@ -194,10 +215,8 @@ class SoftThresholdLinear(nn.Module):
     @torch.no_grad()
     def _gather(self, x_BI: Tensor) -> None:
         x_NI = x_BI.detach().reshape(-1, self.in_features)
-        x_NI = x_NI[:: max(1, x_NI.shape[0] // _CALIBRATION_TOKENS)].float()
-        if self.moment_II is None:
-            self.moment_II = x_NI.new_zeros(self.in_features, self.in_features)
-        self.moment_II.addmm_(x_NI.T, x_NI)
+        x_NI = x_NI[:: max(1, x_NI.shape[0] // _CALIBRATION_TOKENS)]
+        self._recent.append(x_NI.to(torch.float32, copy=True))
 
     def extra_repr(self) -> str:
         """Show shape, rank and state in the module's printed form."""
