@@ -193,6 +193,11 @@ class Compressor:
         """Map the id of each replaced parameter to the parameters that took its place."""
         return {key: heirs for ledger in self._all_ledgers() for key, heirs in ledger.successors().items()}
 
+    def forget_stale(self) -> None:
+        """Release replaced parameters, once every optimizer has been re-pointed by :meth:`successors`."""
+        for ledger in self._all_ledgers():
+            ledger.forget_stale()
+
     def dense_skeleton(self) -> nn.Module:
         """Return the dense model on the meta device: shapes to count, no weights."""
         memo: dict[int, Any] = {

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_compress.callbacks.optimizers import check_every_parameter_is_optimized, repair_optimizers
-from lightning_compress.callbacks.session import Session, check_strategy, session_of, training_progress
+from lightning_compress.callbacks.session import CHECKPOINT_KEY, Session, check_strategy, session_of, training_progress
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan
 from lightning_compress.methods import MethodConfig
@@ -89,6 +89,7 @@ class _Attached(CompressionMixin):
         compressor = _compressor(self)
         check_every_parameter_is_optimized(self, self.trainer.optimizers, compressor.auxiliary_parameters())  # type: ignore[attr-defined,arg-type]
         training_progress(self.trainer, self, 0)  # type: ignore[attr-defined,arg-type]
+        compressor.forget_stale()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Move ramps and phases at the start of each optimizer step."""
@@ -176,6 +177,13 @@ class CompressionCallback(Callback):
         detach(pl_module)
 
     @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write plan and state where the module does not: after fit, when it has its own class back."""
+        session = session_of(pl_module)
+        if session is not None and CHECKPOINT_KEY not in checkpoint:
+            session.save(checkpoint, in_batch=_is_in_batch(pl_module))
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Settings, as plain values; the plan and all state are written by the module."""
         return {"schema": 1, "config": self.config.to_dict()}
@@ -218,8 +226,13 @@ def convert(module: LightningModule) -> CompressionPlan:
     session = session_of(module)
     if session is None or session.compressor is None:
         raise ValueError(f"{type(module).__name__} was not prepared by a compression callback: there is nothing to convert")
-    plan = session.compressor.convert()
-    attach_plan(session.compressor.model, plan)
+    compressor = session.compressor
+    plan = compressor.convert()
+    attach_plan(compressor.model, plan)
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None:  # a checkpoint written from here on holds optimizers that fit the model
+        repair_optimizers(trainer.optimizers, compressor)
+    compressor.forget_stale()
     return plan
 
 

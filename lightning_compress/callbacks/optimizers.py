@@ -36,6 +36,9 @@ def repair_optimizers(configured: Any, compressor: Compressor) -> Any:
     for optimizer in optimizers_in(configured):
         placed = {id(p) for group in optimizer.param_groups for p in group["params"]} | auxiliary
         for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in successors:
+                    optimizer.state.pop(parameter, None)
             group["params"] = list(_live(group["params"], successors, auxiliary, placed))
     return configured
 

@@ -257,6 +257,7 @@ def convert(handle: SoftThresholdRankHandle) -> dict[str, Any]:
             ranks[path] = layer.rank
         else:
             _load_dense(get_module(handle.model, path), layer)
+        handle.ledger.inherit(path, layer.parameters())
     return {"ranks": ranks}
 
 

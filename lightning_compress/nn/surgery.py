@@ -8,6 +8,7 @@ which ones took their place (for optimizers that were built too early), and it c
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,12 @@ class _Entry:
     heirs: tuple[nn.Parameter, ...]
 
 
+@dataclass(frozen=True)
+class _Inheritance:
+    stale: tuple[nn.Parameter, ...]
+    heirs: tuple[nn.Parameter, ...]
+
+
 class Ledger:
     """The replacements made in one model, in order.
 
@@ -109,6 +116,7 @@ class Ledger:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._entries: list[_Entry] = []
+        self._inheritances: list[_Inheritance] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -130,15 +138,21 @@ class Ledger:
         """
         live = {id(parameter) for parameter in self.root.parameters()}
         found: dict[int, list[nn.Parameter]] = {}
-        for entry in self._entries:
+        for entry in [*self._entries, *self._inheritances]:
             for parameter in entry.stale:
                 if id(parameter) not in live:
                     found[id(parameter)] = [p for p in entry.heirs if id(p) in live]
         return found
 
+    def inherit(self, path: str, stale: Iterable[nn.Parameter]) -> None:
+        """Note that the module now at ``path`` took the place of parameters, across a :meth:`revert`."""
+        heirs = tuple(get_module(self.root, path).parameters())
+        self._inheritances.append(_Inheritance(tuple(stale), heirs))
+
     def forget_stale(self) -> None:
         """Release the replaced parameters once every optimizer has been re-pointed."""
         self._entries = [_Entry(entry.path, entry.blank, (), ()) for entry in self._entries]
+        self._inheritances = []
 
     def revert(self) -> None:
         """Put blank originals back, last replacement first; weights are zero until loaded."""

@@ -101,3 +101,16 @@ def test_reverting_undoes_nested_replacements_last_first_with_zero_weights() -> 
     assert linear_shape(model[0][0]) == (2, 3)
     assert not model[0][0].weight.requires_grad and model[0][0].bias.requires_grad
     assert not model[0][0].weight.is_meta and bool((model[0][0].weight == 0).all())
+
+
+def test_parameters_of_a_reverted_replacement_have_heirs_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    ledger = Ledger(model)
+    between = nn.Linear(2, 3)
+    ledger.replace("0", between)
+    ledger.revert()
+    ledger.inherit("0", between.parameters())
+    heirs = list(model.parameters())
+    assert [list(map(id, found)) for found in ledger.successors().values()] == [list(map(id, heirs))] * 2
+    ledger.forget_stale()
+    assert ledger.successors() == {}
