@@ -6,6 +6,7 @@ says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,7 +82,7 @@ class AuxiliaryOptimizer:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take over a state at the next use, on the device the parameters then live on."""
-        self._optimizer, self._pending = None, state
+        self._optimizer, self._pending = None, copy.deepcopy(state)
 
     @staticmethod
     def _clear(parameters: Iterable[nn.Parameter]) -> None:
