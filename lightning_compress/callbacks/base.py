@@ -17,7 +17,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_compress.callbacks.optimizers import check_every_parameter_is_optimized, repair_optimizers
-from lightning_compress.callbacks.session import CHECKPOINT_KEY, Session, check_strategy, session_of, training_progress
+from lightning_compress.callbacks.session import (
+    CHECKPOINT_KEY,
+    Session,
+    check_launcher,
+    check_strategy,
+    returns_weights_only,
+    session_of,
+    training_progress,
+)
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan
 from lightning_compress.methods import MethodConfig
@@ -57,6 +65,13 @@ class CompressionMixin:
         trainer = getattr(self, "_trainer", None)
         fitting = trainer is not None and trainer.state.fn == "fit"
         _session(self).load(self, checkpoint, fitting=fitting)  # type: ignore[arg-type]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Rebuild the structure of weights that come back from a child process."""
+        if CHECKPOINT_KEY in state_dict:
+            state_dict = dict(state_dict)
+            _session(self).load(self, {CHECKPOINT_KEY: state_dict.pop(CHECKPOINT_KEY)}, fitting=False)  # type: ignore[arg-type]
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
 class _Attached(CompressionMixin):
@@ -161,6 +176,8 @@ class CompressionCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the hooks on the module, and this method into its session."""
         check_strategy(trainer)
+        if stage == "fit":
+            check_launcher(trainer, _own_class(pl_module), CompressionMixin)
         attach(pl_module).register(trainer, self.config, self.module)
 
     @override
@@ -173,8 +190,10 @@ class CompressionCallback(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own class back."""
+        """Give the module its own class back; a child process sends the structure along with the weights."""
         detach(pl_module)
+        if stage == "fit" and returns_weights_only(trainer):
+            pl_module.register_state_dict_post_hook(_write_session)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -206,9 +225,8 @@ def attach(module: LightningModule) -> Session:
 
 def detach(module: LightningModule) -> None:
     """Take the hooks off again; the session and the compressed model stay."""
-    cls, session = type(module), session_of(module)
-    if _Attached in cls.__bases__:
-        module.__class__ = cls.__bases__[1]
+    session = session_of(module)
+    module.__class__ = _own_class(module)
     if session is not None:
         vars(module).update(session.instance_hooks)
         session.instance_hooks = {}
@@ -263,6 +281,17 @@ def _builds_later(module: Any) -> bool:
     after = type(module).__mro__[type(module).__mro__.index(_Attached) + 1 :]
     owner = next(cls for cls in after if "configure_model" in vars(cls))
     return owner.__name__ not in ("LightningModule", "_ModelHooks", "ModelHooks")
+
+
+def _own_class(module: LightningModule) -> type[LightningModule]:
+    cls = type(module)
+    return cls.__bases__[1] if _Attached in cls.__bases__ else cls
+
+
+def _write_session(module: LightningModule, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    session = session_of(module)
+    if session is not None and not prefix:
+        session.save(state_dict, in_batch=False)
 
 
 def _is_in_batch(module: Any) -> bool:

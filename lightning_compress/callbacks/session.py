@@ -22,7 +22,15 @@ from lightning_compress.methods import MethodConfig
 from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.plan import CompressionPlan, PlanError
 
-__all__ = ["CHECKPOINT_KEY", "Session", "check_strategy", "session_of", "training_progress"]
+__all__ = [
+    "CHECKPOINT_KEY",
+    "Session",
+    "check_launcher",
+    "check_strategy",
+    "returns_weights_only",
+    "session_of",
+    "training_progress",
+]
 
 CHECKPOINT_KEY = "lightning_compress"
 
@@ -174,6 +182,25 @@ def check_strategy(trainer: Trainer) -> None:
         raise ValueError(
             f"{refused[0]} is not supported while compressing: it shards parameters that compression replaces. Use "
             "strategy='ddp' or a single device, or compress first and shard the saved model afterwards"
+        )
+
+
+def returns_weights_only(trainer: Trainer) -> bool:
+    """Whether the trainer runs in child processes, of which the caller gets nothing back but the weights."""
+    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(trainer.strategy.launcher).__mro__)
+
+
+def check_launcher(trainer: Trainer, module_class: type, mixin: type) -> None:
+    """Refuse to compress in child processes if the caller's module could not take the compressed model back.
+
+    Raises:
+        ValueError: If the strategy spawns or forks, and the module does not inherit the mixin.
+    """
+    if returns_weights_only(trainer) and not issubclass(module_class, mixin):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} runs in processes that it spawns or forks, and {module_class.__name__} "
+            f"in the calling process would get weights back that it has no place for. Let it inherit "
+            f"lightning_compress.{mixin.__name__} before LightningModule, or use strategy='ddp' in a script"
         )
 
 

@@ -1,0 +1,109 @@
+"""Two processes on one machine: the ranks stay equal, and the caller gets the compressed model back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing import ProcessRaisedException
+
+from lightning_compress import load, plan_of, save_pretrained
+from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
+from lightning_compress.nn.flops import count_parameters
+from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
+from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:It is recommended to use .* when logging on epoch level in distributed"
+    ),
+]
+
+
+class Mixed(CompressionMixin, ToyModule):
+    """Ranks see different batches and start from different random states."""
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(self.global_rank)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        self.seen = batch["input_ids"].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+class SameOnAllRanks(Callback):
+    """Compares weights and the state of compression across ranks, after each batch and at the end."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        mine, others = _gathered(pl_module.seen)
+        assert mine != others
+        self.compare(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.compare(pl_module)
+
+    def compare(self, module: LightningModule) -> None:
+        compressor = module.__dict__["_compression"].compressor
+        state = {name: tensor.double().sum().item() for name, tensor in module.state_dict().items()}
+        handles = {stem: (h.phase, h.progress, h.auxiliary_lr) for stem, h in compressor.handles.items()}
+        one, other = _gathered((state, handles, compressor.plan.to_dict()))
+        assert one == other
+
+
+def _gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def two_processes(
+    find_unused_parameters: bool = False, start_method: str = "fork", **settings: Any
+) -> Trainer:
+    strategy = DDPStrategy(
+        start_method=start_method,
+        find_unused_parameters=find_unused_parameters,
+        process_group_backend="gloo",
+    )
+    return toy_trainer(strategy=strategy, devices=2, **settings)
+
+
+def ranks(**settings: Any) -> SoftThresholdRank:
+    return SoftThresholdRank(**{"target_params": 0.5, "rank_multiple": 4, **settings})
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_ranks_stay_equal_and_the_caller_holds_the_converted_model(
+    find_unused_parameters: bool, tmp_path: Path
+) -> None:
+    module = Mixed(hidden_dropout_prob=0.1)
+    trainer = two_processes(find_unused_parameters, callbacks=[ranks(), SameOnAllRanks()])
+    trainer.fit(module, toy_loader(64))
+    assert any(isinstance(m, LowRankLinear) for m in module.modules())
+    assert count_parameters(module.model).linear <= 0.5 * count_parameters(tiny_bert()).linear
+    plan = plan_of(module)
+    assert plan is not None and plan.is_converted
+    save_pretrained(module, tmp_path / "model")
+    again = load(tmp_path / "model")
+    batch = next(iter(toy_loader()))
+    with torch.no_grad():
+        assert torch.equal(again(batch["input_ids"]).logits, module.model.eval()(batch["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_the_caller_gets_the_training_form_back_too(start_method: str) -> None:
+    module = Mixed()
+    two_processes(start_method=start_method, callbacks=[ranks(convert=False)]).fit(module, toy_loader(64))
+    layers = [m for m in module.modules() if isinstance(m, SoftThresholdLinear)]
+    assert layers and all(layer.mode == "pinned" for layer in layers)
+    assert convert(module).is_converted
+
+
+def test_a_module_that_the_caller_would_not_get_back_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ProcessRaisedException, match=r"inherit lightning_compress\.CompressionMixin"):
+        two_processes(callbacks=[ranks()]).fit(ToyModule(), toy_loader(64))
