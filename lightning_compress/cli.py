@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        args=words,
+        args=arguments if arguments is None else words,
     )
 
 

@@ -213,8 +213,8 @@ def attach(module: LightningModule) -> Session:
     session = _session(module)
     cls = type(module)
     if _Attached not in cls.__bases__:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        module.__class__ = type(cls.__name__, (_Attached, cls), names)
+        # A private name: command lines look classes up by their public short names.
+        module.__class__ = type(f"_Compressing{cls.__name__}", (_Attached, cls), {"__doc__": cls.__doc__})
         for name in _INSTANCE_HOOKS:
             if name in vars(module):
                 session.instance_hooks[name] = vars(module)[name]

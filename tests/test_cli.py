@@ -1,0 +1,155 @@
+"""The command line, from YAML to a saved model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_compress import load, plan_of
+from lightning_compress.cli import CompressionCLI, main
+from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
+from tests.tiny_pretrained import save_tiny_encoder
+from tests.tiny_texts import save_tiny_reviews
+
+pytestmark = [
+    # Lightning's own use of jsonargparse
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    # what an `optimizer:` section is for
+    pytest.mark.filterwarnings("ignore:`TextClassifier.configure_optimizers` will be overridden"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-compress"])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    return {"encoder": save_tiny_encoder(folder / "encoder"), "texts": save_tiny_reviews(folder / "texts.tsv")}
+
+
+def run_config(files: dict[str, str], tmp_path: Path, **sections: Any) -> dict[str, Any]:
+    ranks = {"class_path": "SoftThresholdRank", "init_args": {"target_params": 0.5, "rank_multiple": 4}}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = {"accelerator": "cpu", "max_steps": 6, "callbacks": [ranks], "default_root_dir": str(tmp_path), **quiet}
+    data = {"train": files["texts"], "tokenizer": files["encoder"], "max_length": 16, "batch_size": 4}
+    return {
+        "seed_everything": 0,
+        "trainer": trainer,
+        "model": {"class_path": "TextClassifier", "init_args": {"model": files["encoder"]}},
+        "data": {"class_path": "TextClassificationData", "init_args": data},
+        **sections,
+    }
+
+
+def write(config: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+OPTIMIZERS = {
+    "the task's own": {},
+    "optimizer and scheduler": {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}},
+    },
+}
+
+
+@pytest.mark.parametrize("sections", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_fit_saves_a_compressed_model_that_opens(
+    sections: dict[str, Any], files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config", write(run_config(files, tmp_path, **sections), tmp_path)])
+    assert f"The compressed model is in {tmp_path / 'model'}" in capsys.readouterr().out
+    model = load(tmp_path / "model")
+    plan = plan_of(model)
+    assert plan is not None and plan.methods[0].structure["ranks"]
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_a_yaml_with_an_optimizer_section_trains_the_new_parameters(files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path, **OPTIMIZERS["optimizer and scheduler"])
+    config["trainer"]["callbacks"][0]["init_args"].update(convert=False, warmup=0.9, search_end=1.0)
+    factors = []
+    for rate in (0.0, 0.1):
+        config["optimizer"]["init_args"]["lr"] = rate
+        run = {"subclass_mode_model": True, "subclass_mode_data": True, "save_config_kwargs": {"overwrite": True}}
+        cli = CompressionCLI(args=["fit", "--config", write(config, tmp_path)], **run)
+        layers = [m for m in cli.model.modules() if isinstance(m, SoftThresholdLinear)]
+        held = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
+        assert {id(p) for layer in layers for p in (layer.u_OM, layer.sigma_M, layer.v_MI)} <= held
+        factors.append([p.detach().clone() for layer in layers for p in (layer.u_OM, layer.sigma_M, layer.v_MI)])
+    assert factors[0] and not any(torch.equal(still, moved) for still, moved in zip(*factors, strict=True))
+
+
+def test_the_output_folder_can_be_chosen(files: dict[str, str], tmp_path: Path) -> None:
+    config = write(run_config(files, tmp_path), tmp_path)
+    main(["fit", "--config", config, f"--output={tmp_path / 'elsewhere'}"])
+    assert plan_of(load(tmp_path / "elsewhere")) is not None
+
+
+def test_settings_of_a_callback_can_be_overridden_on_the_command_line(files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path)
+    config["trainer"]["callbacks"] = []
+    extra = ["--trainer.callbacks+=SoftThresholdRank", "--trainer.callbacks.target_params=0.6"]
+    main(["fit", "--config", write(config, tmp_path), *extra, "--trainer.callbacks.rank_multiple=4"])
+    plan = plan_of(load(tmp_path / "model"))
+    assert plan is not None and plan.methods[0].config["target_params"] == 0.6
+
+
+def test_a_dense_run_saves_no_compressed_model(files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path)
+    config["trainer"]["callbacks"] = []
+    main(["fit", "--config", write(config, tmp_path)])
+    assert not (tmp_path / "model").exists()
+
+
+def test_bench_and_report_go_on_from_a_run(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(files, tmp_path)
+    report = {"class_path": "CompressionReport", "init_args": {"lengths": [8], "every_n_steps": 1}}
+    config["trainer"]["callbacks"].append(report)
+    main(["fit", "--config", write(config, tmp_path)])
+    main(["report", str(tmp_path)])
+    assert "report.html" in capsys.readouterr().out
+    timed = tmp_path / "bench.json"
+    shapes = ["--batch-sizes", "1", "--lengths", "8", "--dtypes", "fp32", "--rounds", "2"]
+    main(["bench", str(tmp_path / "model"), "--against", files["encoder"], *shapes, "--json", str(timed)])
+    assert json.loads(timed.read_text())["timings"]
+
+
+@pytest.mark.parametrize("words", [["report", "nowhere"], ["bench", "nowhere", "--against", "nowhere"]], ids=str)
+def test_what_the_user_can_mend_is_said_in_one_line(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+        main(words)
+
+
+def test_a_number_out_of_range_is_said_before_training(files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path)
+    config["trainer"]["callbacks"][0]["init_args"]["target_params"] = 2.0
+    with pytest.raises((SystemExit, ValueError)):
+        main(["fit", "--config", write(config, tmp_path)])
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]], ids=["nothing", "help"])
+def test_the_overview_is_printed_without_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    assert capsys.readouterr().out.startswith("usage: lightning-compress")
+
+
+def test_the_help_of_fit_explains_the_callbacks_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter("ignore")
+        main(["fit", "--trainer.callbacks.help=SoftThresholdRank"])
+    assert "Share of the parameters of" in capsys.readouterr().out
