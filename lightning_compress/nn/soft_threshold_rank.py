@@ -10,7 +10,7 @@ code of its direct successor STAR-KV (arXiv 2606.08382).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -171,13 +171,23 @@ class SoftThresholdLinear(nn.Module):
 
     def enter(self, mode: Mode, *, calibrate: bool = False) -> None:
         """Switch the mode; ``calibrate`` gathers inputs in mode ``"open"``."""
-        self.mode, self.is_calibrating, self._kept_R = mode, calibrate and mode == "open", None
+        self.mode, self.is_calibrating = mode, calibrate and mode == "open"
+        self._index_kept()
+
+    def _index_kept(self) -> None:
+        """Look the living directions up once, not in ``forward``: their number would break compiled graphs."""
+        is_pinned = self.mode == "pinned" and not self.keep_mask_M.is_meta
+        self._kept_R = self.keep_mask_M.nonzero().flatten() if is_pinned else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._index_kept()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftThresholdLinear:
         """Move or cast the layer, but keep singular values and threshold in float32."""
         exact = {name: getattr(self, name).detach() for name in ("sigma_M", "alpha", "scale")}
         super()._apply(fn, recurse)
-        self._kept_R = None
+        self._index_kept()
         for name, tensor in exact.items():
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
@@ -205,13 +215,11 @@ class SoftThresholdLinear(nn.Module):
             if self.mode == "gated":
                 gate_M = shrink_singular_values(self.sigma_M, self.alpha, self.sharpness, self.scale)
             return self.u_OM, gate_M.to(self.v_MI.dtype).unsqueeze(1) * self.v_MI
-        if self._kept_R is None or self._kept_R.device != self.keep_mask_M.device:
-            self._kept_R = self.keep_mask_M.nonzero().flatten()
+        assert self._kept_R is not None, "pinned layers know which directions live"
         sigma_R = self.sigma_M.index_select(0, self._kept_R) + 0.0 * self.alpha
         v_RI = self.v_MI.index_select(0, self._kept_R)
         return self.u_OM.index_select(1, self._kept_R), sigma_R.to(v_RI.dtype).unsqueeze(1) * v_RI
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _gather(self, x_BI: Tensor) -> None:
         x_NI = x_BI.detach().reshape(-1, self.in_features)
