@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(autouse=True)
 def fresh_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lightning-compress"])
-    gc.collect()  # short names of classes are looked up among all living ones, also those of the run before
 
 
 def fit(config: Path, output: Path, *options: str) -> None:
