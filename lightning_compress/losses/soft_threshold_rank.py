@@ -76,13 +76,17 @@ def terms(handle: Any) -> dict[str, Tensor]:
     if handle.phase != "search":
         return {}
     config, layers = handle.config, list(handle.layers.values())
-    weight = _DEFAULT_WEIGHT[config.regularizer] if config.regularizer_weight is None else config.regularizer_weight
+    weight = (
+        _DEFAULT_WEIGHT[config.regularizer]
+        if config.regularizer_weight is None
+        else config.regularizer_weight
+    )
     alphas = [layer.alpha for layer in layers]
     if config.regularizer == "exp":
         return {"threshold_decay": weight * threshold_decay(alphas)}
     shapes = [(layer.in_features, layer.out_features) for layer in layers]
     sigmas, scales = [layer.sigma_M for layer in layers], [layer.scale for layer in layers]
-    size = expected_size(sigmas, alphas, scales, shapes, config.sharpness)
+    size = expected_size(sigmas, alphas, scales, shapes, config.sharpness) + handle.adapter_size
     return {"size_over_budget": weight * size_over_budget(size, handle.scheduled_budget)}
 
 

@@ -20,14 +20,36 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_compress.methods.base import MethodConfig
+from lightning_compress.nn.adapters import (
+    adapter_around,
+    adapter_factors,
+    adapter_rank,
+    check_foldable,
+    without_adapter,
+)
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.nn.rank_budget import LayerSize, choose_ranks, layer_cost, smallest_size
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, Mode, SoftThresholdLinear
-from lightning_compress.nn.surgery import Ledger, get_module, is_linear, linear_shape, new_linear, unwrap_adapter
+from lightning_compress.nn.surgery import (
+    Ledger,
+    get_module,
+    is_linear,
+    linear_shape,
+    new_linear,
+    unwrap_adapter,
+)
 from lightning_compress.plan import PlanError
 
-__all__ = ["Config", "SoftThresholdRankConfig", "SoftThresholdRankHandle", "convert", "prepare", "restore", "update"]
+__all__ = [
+    "Config",
+    "SoftThresholdRankConfig",
+    "SoftThresholdRankHandle",
+    "convert",
+    "prepare",
+    "restore",
+    "update",
+]
 
 _RAMP_SHARE = 0.8
 _TRAVEL_SLACK = 2.0
@@ -73,9 +95,18 @@ class SoftThresholdRankConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         _check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
-        _check(self.scope in ("linear", "encoder", "total"), f"scope={self.scope!r} is not linear, encoder or total")
-        _check(self.regularizer in ("target", "exp"), f"regularizer={self.regularizer!r} is not 'target' or 'exp'")
-        _check(self.allocation in ("learned", "uniform"), f"allocation={self.allocation!r} is not learned or uniform")
+        _check(
+            self.scope in ("linear", "encoder", "total"),
+            f"scope={self.scope!r} is not linear, encoder or total",
+        )
+        _check(
+            self.regularizer in ("target", "exp"),
+            f"regularizer={self.regularizer!r} is not 'target' or 'exp'",
+        )
+        _check(
+            self.allocation in ("learned", "uniform"),
+            f"allocation={self.allocation!r} is not learned or uniform",
+        )
         _check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
         _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         _check(
@@ -83,7 +114,10 @@ class SoftThresholdRankConfig(MethodConfig):
             f"search_end={self.search_end} is outside (warmup={self.warmup}, 1]: ranks are searched between the two",
         )
         _check(self.sharpness > 0, f"sharpness={self.sharpness} is not positive")
-        _check(self.threshold_lr is None or self.threshold_lr > 0, f"threshold_lr={self.threshold_lr} is not positive")
+        _check(
+            self.threshold_lr is None or self.threshold_lr > 0,
+            f"threshold_lr={self.threshold_lr} is not positive",
+        )
         weight = self.regularizer_weight
         _check(weight is None or weight >= 0, f"regularizer_weight={weight} is negative")
         _check(self.rank_multiple >= 1, f"rank_multiple={self.rank_multiple} is below 1")
@@ -104,7 +138,9 @@ class SoftThresholdRankHandle:
     ledger: Ledger
     layers: dict[str, SoftThresholdLinear]
     budget: int
-    """Weights that the factorised linears may hold together."""
+    """Weights that the factorised linears may hold together, adapters folded in."""
+    adapter_ranks: dict[str, int] = field(default_factory=dict)
+    """Rank of the adapters around linears that have some."""
     phase: Literal["warmup", "search", "recovery"] = "warmup"
     progress: float = 0.0
     auxiliary_lr: float = 0.0
@@ -113,13 +149,26 @@ class SoftThresholdRankHandle:
     @property
     def sizes(self) -> dict[str, LayerSize]:
         """Shapes of the factorised linears by path."""
-        return {path: LayerSize(layer.in_features, layer.out_features) for path, layer in self.layers.items()}
+        return {
+            path: LayerSize(layer.in_features, layer.out_features, self.adapter_ranks.get(path, 0))
+            for path, layer in self.layers.items()
+        }
+
+    @property
+    def adapter_size(self) -> int:
+        """Weights that adapters add to low-rank layers."""
+        sizes = self.sizes
+        return sum(
+            rank * (sizes[p].in_features + sizes[p].out_features) for p, rank in self.adapter_ranks.items()
+        )
 
     @property
     def size(self) -> int:
         """Weights the factorised linears would hold if converted now."""
         c = self.config
-        costs = (layer_cost(s, self.layers[p].rank, c.rank_multiple, c.dense_above) for p, s in self.sizes.items())
+        costs = (
+            layer_cost(s, self.layers[p].rank, c.rank_multiple, c.dense_above) for p, s in self.sizes.items()
+        )
         return sum(costs)
 
     @property
@@ -187,14 +236,15 @@ def prepare(model: nn.Module, config: SoftThresholdRankConfig) -> SoftThresholdR
         ValueError: If the patterns match nothing, a layer is factorised already, or the target cannot be reached.
     """
     paths = _chosen_paths(model, config)
-    sizes = {path: LayerSize(*linear_shape(get_module(model, path))) for path in paths}
+    adapter_ranks = {path: rank for path in paths if (rank := adapter_rank(adapter_around(model, path)))}
+    sizes = {p: LayerSize(*linear_shape(get_module(model, p)), adapter_ranks.get(p, 0)) for p in paths}
     budget = _budget(model, config, sizes)
     ledger, layers = Ledger(model), {}
     for path in paths:
         linear = get_module(model, path)
         layers[path] = SoftThresholdLinear(linear, sharpness=config.sharpness, relative=config.relative)
         ledger.replace(path, layers[path])
-    handle = SoftThresholdRankHandle(model, config, ledger, layers, budget)
+    handle = SoftThresholdRankHandle(model, config, ledger, layers, budget, adapter_ranks)
     _enter(handle, "warmup")
     return handle
 
@@ -241,8 +291,11 @@ def pin(handle: SoftThresholdRankHandle) -> None:
 def convert(handle: SoftThresholdRankHandle) -> dict[str, Any]:
     """Turn each layer into two plain linears, or back into one dense layer where that is smaller.
 
+    Active LoRA adapters are folded in: ``[U, s B] [diag(f) V; A]``, or ``W + s B A``; their wrappers go.
+
     Returns:
-        ``{"ranks": {path: rank}}`` over the layers that are low-rank; dense layers are not listed.
+        ``{"ranks": {path: rank}}`` over the layers that are low-rank, and under ``"merged"`` the paths of dense layers
+        that lost an adapter, if there are any; other dense layers are not listed.
     """
     if handle.phase == "warmup":
         refactorise(handle)
@@ -250,34 +303,44 @@ def convert(handle: SoftThresholdRankHandle) -> dict[str, Any]:
         pin(handle)
     handle.ledger.revert()
     ranks: dict[str, int] = {}
+    merged: list[str] = []
     for path, layer in handle.layers.items():
-        low_rank = layer_cost(handle.sizes[path], layer.rank, 1, 1.0) < handle.sizes[path].dense
-        if low_rank and layer.rank < layer.full_rank:
-            handle.ledger.replace(path, _low_rank(layer))
-            ranks[path] = layer.rank
+        adapter, slot, size = adapter_around(handle.model, path), without_adapter(path), handle.sizes[path]
+        replaced = [*layer.parameters(), *(adapter.parameters() if adapter is not None else ())]
+        if layer_cost(size, layer.rank, 1, 1.0) < size.dense and layer.rank < layer.full_rank:
+            low_rank = _low_rank(layer, adapter)
+            handle.ledger.replace(slot, low_rank)
+            ranks[slot] = low_rank.rank
         else:
-            _load_dense(get_module(handle.model, path), layer)
-        handle.ledger.inherit(path, layer.parameters())
-    return {"ranks": ranks}
+            linear = get_module(handle.model, path)
+            _load_dense(linear, layer, adapter)
+            if adapter is not None:
+                handle.ledger.replace(slot, linear)
+                merged.append(slot)
+        handle.ledger.inherit(slot, replaced)
+    return {"ranks": ranks, "merged": merged} if merged else {"ranks": ranks}
 
 
 def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
-    """Rebuild the low-rank layers on a fresh model, without weights.
+    """Rebuild the low-rank layers on a fresh model, without weights; adapters around listed layers go.
 
     Raises:
         PlanError: If the structure names a module that is not a dense linear of the model or a rank out of bounds;
             nothing has been changed or allocated then.
     """
-    if set(structure) != {"ranks"} or not isinstance(structure["ranks"], Mapping):
-        raise PlanError(f"soft_threshold_rank needs the structure {{'ranks': {{...}}}}, got fields {sorted(structure)}")
-    for path, rank in structure["ranks"].items():
-        _check_rank(model, path, rank)
+    _check_structure(model, structure)
     ledger = Ledger(model)
     for path, rank in structure["ranks"].items():
-        linear = get_module(model, path)
+        linear = get_module(model, unwrap_adapter(model, path))
         inputs, outputs = linear_shape(linear)
         down = new_linear(linear, inputs, rank, bias=False)
-        ledger.replace(path, LowRankLinear(down, new_linear(linear, rank, outputs, bias=linear.bias is not None)))
+        ledger.replace(
+            path, LowRankLinear(down, new_linear(linear, rank, outputs, bias=linear.bias is not None))
+        )
+    for path in structure.get("merged", ()):
+        inner = unwrap_adapter(model, path)
+        if inner != path:
+            ledger.replace(path, get_module(model, inner))
     return ledger
 
 
@@ -299,6 +362,9 @@ def _chosen_paths(model: nn.Module, config: SoftThresholdRankConfig) -> list[str
                 f"{path} is a {type(module).__name__}, which cannot be factorised: exclude it, or load the model "
                 "without quantisation"
             )
+        adapter = adapter_around(model, path)
+        if adapter is not None:
+            check_foldable(path, adapter)
     return paths
 
 
@@ -306,7 +372,8 @@ def _budget(model: nn.Module, config: SoftThresholdRankConfig, sizes: Mapping[st
     """Weights the chosen linears may hold so that the scope meets its target."""
     dense = sum(size.dense for size in sizes.values())
     counted = count_parameters(model)
-    whole = dense if config.scope == "linear" else getattr(counted, config.scope)
+    adapters = sum(size.extra_rank * (size.in_features + size.out_features) for size in sizes.values())
+    whole = dense if config.scope == "linear" else getattr(counted, config.scope) - adapters
     budget = math.floor(config.target_params * whole) - (whole - dense)
     smallest = smallest_size(sizes, config.rank_multiple, config.dense_above)
     if budget < smallest:
@@ -355,11 +422,14 @@ def _crossing_rate(handle: SoftThresholdRankHandle, progress_step: float) -> flo
     return _TRAVEL_SLACK * max(progress_step, 1e-6) / remaining * sum(cuts) / len(cuts)
 
 
-def _low_rank(layer: SoftThresholdLinear) -> LowRankLinear:
+@torch.no_grad()
+def _low_rank(layer: SoftThresholdLinear, adapter: nn.Module | None) -> LowRankLinear:
+    extra_OR, extra_RI = adapter_factors(adapter, layer.weight)
     u_OR, scaled_RI = layer._factors()
-    down = nn.Linear(layer.in_features, layer.rank, bias=False, device="meta")
-    up = nn.Linear(layer.rank, layer.out_features, bias=False, device="meta")
-    down.weight, up.weight = nn.Parameter(scaled_RI.detach().contiguous()), nn.Parameter(u_OR.detach().contiguous())
+    u_OR, scaled_RI = torch.cat([u_OR, extra_OR], dim=1), torch.cat([scaled_RI, extra_RI], dim=0)
+    down = nn.Linear(layer.in_features, len(scaled_RI), bias=False, device="meta")
+    up = nn.Linear(len(scaled_RI), layer.out_features, bias=False, device="meta")
+    down.weight, up.weight = nn.Parameter(scaled_RI.contiguous()), nn.Parameter(u_OR.contiguous())
     for linear in (down, up):
         linear.weight.requires_grad_(layer.u_OM.requires_grad)
     up.bias = layer.bias
@@ -367,25 +437,46 @@ def _low_rank(layer: SoftThresholdLinear) -> LowRankLinear:
 
 
 @torch.no_grad()
-def _load_dense(linear: nn.Module, layer: SoftThresholdLinear) -> None:
-    weight_OI = layer.weight
+def _load_dense(linear: nn.Module, layer: SoftThresholdLinear, adapter: nn.Module | None) -> None:
+    extra_OR, extra_RI = adapter_factors(adapter, layer.weight)
+    weight_OI = layer.weight + extra_OR @ extra_RI
     transposed = linear.weight.shape != weight_OI.shape or not isinstance(linear, nn.Linear)
     linear.weight.copy_(weight_OI.T if transposed else weight_OI)
     if layer.bias is not None:
         linear.bias = layer.bias
 
 
-def _check_rank(model: nn.Module, path: Any, rank: Any) -> None:
+def _check_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
+    ranks, merged = structure.get("ranks"), structure.get("merged", [])
+    if (
+        set(structure) - {"merged"} != {"ranks"}
+        or not isinstance(ranks, Mapping)
+        or not isinstance(merged, list)
+    ):
+        raise PlanError(
+            f"soft_threshold_rank needs the structure {{'ranks': {{...}}}}, got fields {sorted(structure)}"
+        )
+    for path in merged:
+        _check_linear(model, path)
+    for path, rank in ranks.items():
+        _check_rank(model, path, rank)
+
+
+def _check_linear(model: nn.Module, path: Any) -> None:
     if not isinstance(path, str) or not is_linear(_module_or_plan_error(model, path)):
-        raise PlanError(f"plan lists {path!r} as low-rank, which is not a dense linear layer of {type(model).__name__}")
-    full = min(linear_shape(get_module(model, path)))
+        raise PlanError(f"plan lists {path!r}, which is not a dense linear layer of {type(model).__name__}")
+
+
+def _check_rank(model: nn.Module, path: Any, rank: Any) -> None:
+    _check_linear(model, path)
+    full = min(linear_shape(_module_or_plan_error(model, path)))
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
         raise PlanError(f"plan gives {path} the rank {rank!r}; allowed are whole numbers from 1 to {full}")
 
 
 def _module_or_plan_error(model: nn.Module, path: str) -> nn.Module:
     try:
-        return get_module(model, path)
+        return get_module(model, unwrap_adapter(model, path))
     except ValueError as error:
         raise PlanError(f"plan does not fit the model: {error}") from error
 

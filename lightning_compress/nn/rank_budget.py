@@ -20,6 +20,8 @@ class LayerSize:
 
     in_features: int
     out_features: int
+    extra_rank: int = 0
+    """Rank that comes on top of any rank kept: of adapters that are folded in."""
 
     @property
     def dense(self) -> int:
@@ -48,7 +50,7 @@ def layer_cost(size: LayerSize, rank: int, multiple: int, dense_above: float) ->
         >>> layer_cost(LayerSize(768, 768), rank=300, multiple=16, dense_above=0.75) == 768 * 768
         True
     """
-    rounded = _round_up(rank, multiple, size.full_rank)
+    rounded = _round_up(rank, multiple, size) + size.extra_rank
     factors = rounded * (size.in_features + size.out_features)
     return factors if factors < dense_above * size.dense else size.dense
 
@@ -59,7 +61,11 @@ def smallest_size(sizes: Mapping[str, LayerSize], multiple: int, dense_above: fl
 
 
 def choose_ranks(
-    margins: Mapping[str, Tensor], sizes: Mapping[str, LayerSize], budget: int, multiple: int, dense_above: float
+    margins: Mapping[str, Tensor],
+    sizes: Mapping[str, LayerSize],
+    budget: int,
+    multiple: int,
+    dense_above: float,
 ) -> dict[str, int]:
     """Grow all layers from the lowest rank, best margin first, until nothing more fits into the budget.
 
@@ -103,8 +109,10 @@ def choose_ranks(
 def _snap(size: LayerSize, rank: int, multiple: int, dense_above: float) -> int:
     """The rank really kept for a wish: rounded up, or full where the layer is charged as dense."""
     is_dense = layer_cost(size, rank, multiple, dense_above) == size.dense
-    return size.full_rank if is_dense else _round_up(rank, multiple, size.full_rank)
+    return size.full_rank if is_dense else _round_up(rank, multiple, size)
 
 
-def _round_up(rank: int, multiple: int, full_rank: int) -> int:
-    return min(-(-max(rank, 1) // multiple) * multiple, full_rank)
+def _round_up(rank: int, multiple: int, size: LayerSize) -> int:
+    """The rank to keep so that it is, with the extra rank, a multiple."""
+    together = -(-(max(rank, 1) + size.extra_rank) // multiple) * multiple
+    return min(together - size.extra_rank, size.full_rank)
