@@ -120,8 +120,7 @@ def _deployable_plan(transformer: PreTrainedModel) -> CompressionPlan:
     if adapted:
         raise ValueError(
             f"the model has peft adapters (e.g. at {adapted[0]!r}), which cannot be saved with it: merge "
-            "them first with peft_model.merge_and_unload(). Peft cannot merge into compressed layers; "
-            "adapters on those have to be merged before compression"
+            "them first, and save what peft_model.merge_and_unload() returns"
         )
     quantizer = _quantizer(transformer)
     if quantizer is None:
