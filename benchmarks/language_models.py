@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,15 @@ STEPS, BLOCK, BATCH, LEARNING_RATE = 400, 128, 16, 1e-3
 
 TOKENS = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
 SCRATCH: dict[str, dict[str, Any]] = {
-    "gpt2": {**TOKENS, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt2": {
+        **TOKENS,
+        "n_embd": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 256,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
     "mamba": {**TOKENS, "hidden_size": 128, "num_hidden_layers": 4, "state_size": 8},
 }
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -77,7 +85,7 @@ def run(family: str, variant: str) -> dict[str, Any]:
     """Train (but for the pretrained base), test, save, open again, and return the row."""
     seed_everything(0)
     settings = VARIANTS[variant]
-    callbacks = [] if settings is None else [SoftThresholdRank(**settings)]
+    callbacks: list[Callback] = [] if settings is None else [SoftThresholdRank(**settings)]
     steps = 0 if (family, variant) == ("llama", "base") else STEPS
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
@@ -94,7 +102,9 @@ def run(family: str, variant: str) -> dict[str, Any]:
     else:
         lightning_compress.save_pretrained(model, folder, tokenizer=corpus.tokenizer)
         check_generation(model, folder, corpus.tokenizer)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
     counted = count_parameters(model)
     return {
         "family": family,
@@ -112,7 +122,8 @@ def check_generation(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
     """Raise unless the saved model generates what the live one does."""
     prompt = tokenizer("Once upon a time, there was a little", return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-    live, saved = model.eval().generate(prompt, **settings), lightning_compress.load(folder).generate(prompt, **settings)
+    models = model.eval(), lightning_compress.load(folder)
+    live, saved = (m.generate(prompt, **settings) for m in models)  # type: ignore[operator]
     if not torch.equal(live, saved):
         raise RuntimeError(f"{folder} generates other tokens than the model it was saved from")
     print(tokenizer.decode(saved[0], skip_special_tokens=True))
@@ -135,7 +146,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse the command line, run what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--families", nargs="+", default=["llama", "gpt2", "mamba"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")

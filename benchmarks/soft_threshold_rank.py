@@ -1,10 +1,11 @@
 """Fine-tune encoders dense, go on dense and compressed by one recipe, and append what came out to a results file.
 
 Every row is one run: a data set, a variant, a seed. Variant ``base`` fine-tunes the pretrained encoder; every other
-one starts from that checkpoint and gets the same steps again, ``dense`` included, so all budgets are equal. Runs that the results file already holds are skipped, so the
-command can be stopped and started again. Data are looked for in the folder named by LIGHTNING_COMPRESS_DATA.
+one starts from that checkpoint and gets the same steps again, ``dense`` included, so all budgets are equal. Runs that
+the results file already holds are skipped, so the command can be stopped and started again. Data are looked for in
+the folder named by LIGHTNING_COMPRESS_DATA.
 
-    python benchmarks/soft_threshold_rank.py train --tasks sst2 ag_news imdb --variants dense rank50 rank25
+    python benchmarks/soft_threshold_rank.py train --tasks sst2 ag_news imdb --variants base dense rank50 rank25
     python benchmarks/soft_threshold_rank.py latency --tasks sst2
     python benchmarks/soft_threshold_rank.py table
 """
@@ -57,7 +58,7 @@ LEARNING_RATE = 1e-4
 TASKS = {
     "sst2": Task({"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}, ["text"], 64, 600),
     "ag_news": Task({"train": "train.tsv", "test": "test.tsv"}, ["title", "description"], 96, 400),
-    "imdb": Task({"train": "train_sample.tsv", "test": "test_sample.tsv"}, ["text"], 256, 156),
+    "imdb": Task({"train": "train_sample.tsv", "test": "test_sample.tsv"}, ["text"], 256, 80),
 }
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "base": None,
@@ -108,8 +109,8 @@ def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     if settings is not None:
         callbacks.append(SoftThresholdRank(**settings))
     trainer = Trainer(
-        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0, callbacks=callbacks,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
+        callbacks=callbacks, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, enable_progress_bar=False,
     )  # fmt: skip
     start = "minilm" if variant == "base" else str(MODELS / f"{name}-base-{seed}")
@@ -155,14 +156,28 @@ def training_free(name: str, seed: int, ratio: float) -> dict[str, Any]:
             right += int((model(**batch).logits.argmax(-1) == labels).sum())
             total += len(labels)
     variant = f"free{round(100 * ratio)}"
-    return {**_row(name, variant, seed), "accuracy": right / total, **_sizes(model, data), "ranks": _ranks(model)}
+    return {
+        **_row(name, variant, seed),
+        "accuracy": right / total,
+        **_sizes(model, data),
+        "ranks": _ranks(model),
+    }
 
 
 def _row(name: str, variant: str, seed: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
     task = TASKS[name]
     budget = {"steps": task.steps, "batch_size": 32, "max_length": task.max_length}
-    return {"task": name, "variant": variant, "seed": seed, **budget, "commit": commit.stdout.strip(), "machine": describe_machine()}
+    return {
+        "task": name,
+        "variant": variant,
+        "seed": seed,
+        **budget,
+        "commit": commit.stdout.strip(),
+        "machine": describe_machine(),
+    }
 
 
 def _sizes(model: Any, data: TextClassificationData) -> dict[str, Any]:
@@ -190,7 +205,11 @@ def _save(module: TextClassifier, data: TextClassificationData, folder: Path) ->
 def _thirds(seconds: list[float]) -> dict[str, float]:
     """Median step time at the start (warm-up), in the middle of the search, and in recovery."""
     n = len(seconds)
-    parts = {"warmup": seconds[2 : n // 10], "search": seconds[n // 8 : n // 2 - 1], "recovery": seconds[n // 2 + 1 :]}
+    parts = {
+        "warmup": seconds[2 : n // 10],
+        "search": seconds[n // 8 : n // 2 - 1],
+        "recovery": seconds[n // 2 + 1 :],
+    }
     return {part: round(sorted(values)[len(values) // 2], 4) for part, values in parts.items() if values}
 
 
@@ -217,7 +236,9 @@ def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> Non
                 print(f"{name} {variant} seed {seed}: accuracy {row['accuracy']:.4f}", flush=True)
 
 
-def run_latency(name: str, variants: list[str], rounds: int, batch_sizes: list[int], lengths: list[int]) -> None:
+def run_latency(
+    name: str, variants: list[str], rounds: int, batch_sizes: list[int], lengths: list[int]
+) -> None:
     """Time the saved models of one data set against the dense one, interleaved."""
     models = {variant: MODELS / f"{name}-{variant}-0" for variant in variants}
     table = measure_latency(models, batch_sizes, lengths, rounds=rounds)
@@ -229,7 +250,19 @@ def print_table() -> None:
     """Print all rows, each against the dense run of the same data set and seed."""
     rows = _done()
     dense = {(r["task"], r["seed"]): r for r in rows if r["variant"] == "dense"}
-    table = Table("data", "variant", "seed", "steps", "accuracy", "vs dense", "linear", "encoder", "total", "FLOPs", "MB")
+    table = Table(
+        "data",
+        "variant",
+        "seed",
+        "steps",
+        "accuracy",
+        "vs dense",
+        "linear",
+        "encoder",
+        "total",
+        "FLOPs",
+        "MB",
+    )
     for row in sorted(rows, key=lambda r: (r["task"], r["variant"], r["seed"])):
         base = dense[row["task"], row["seed"]]
         share = {s: row["parameters"][s] / base["parameters"][s] for s in ("linear", "encoder", "total")}
@@ -244,7 +277,9 @@ def print_table() -> None:
 
 def main() -> None:
     """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
     training.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)

@@ -64,9 +64,14 @@ class CompressionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--output``, defaults for model and data, and what the model takes from the data."""
         parser.add_argument(
-            "--output", type=str | None, default=None, help="Folder for the compressed model (default: LOG_DIR/model)."
+            "--output",
+            type=str | None,
+            default=None,
+            help="Folder for the compressed model (default: LOG_DIR/model).",
         )
-        parser.set_defaults({"model": {"class_path": "TextClassifier"}, "data": {"class_path": "TextClassificationData"}})
+        parser.set_defaults(
+            {"model": {"class_path": "TextClassifier"}, "data": {"class_path": "TextClassificationData"}}
+        )
         for name in ("num_labels", "label_names"):
             parser.link_arguments("data", f"model.init_args.{name}", _reader(name), apply_on="instantiate")
 
@@ -98,7 +103,9 @@ def report_parser() -> ArgumentParser:
 
 def bench_parser() -> ArgumentParser:
     """Return the parser of ``lightning-compress bench``."""
-    parser = ArgumentParser(prog="lightning-compress bench", description="Time saved models against each other.")
+    parser = ArgumentParser(
+        prog="lightning-compress bench", description="Time saved models against each other."
+    )
     parser.add_argument("model_dir", type=str, help="Folder of the model, compressed or dense.")
     parser.add_argument("--against", type=str, nargs="+", required=True, help="Folders to compare with.")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="Sequences per batch.")
@@ -112,9 +119,13 @@ def bench_parser() -> ArgumentParser:
 
 def demo_parser() -> ArgumentParser:
     """Return the parser of ``lightning-compress demo``."""
-    parser = ArgumentParser(prog="lightning-compress demo", description="Fine-tune dense and compressed, and compare.")
+    parser = ArgumentParser(
+        prog="lightning-compress demo", description="Fine-tune dense and compressed, and compare."
+    )
     parser.add_argument("--steps", type=int, default=300, help="Optimizer steps of each of the two runs.")
-    parser.add_argument("--target-params", type=float, default=0.5, help="Share of linear weights to keep, in (0, 1].")
+    parser.add_argument(
+        "--target-params", type=float, default=0.5, help="Share of linear weights to keep, in (0, 1]."
+    )
     parser.add_argument("--output", type=str, default="demo-output", help="Folder for models and report.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of both runs.")
     return parser

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from lightning_compress.auxiliary import AuxiliaryOptimizer
 from lightning_compress.losses import TERMS
-from lightning_compress.methods import METHODS, MethodConfig, MethodHandle, config_from_dict, method_named, restore
+from lightning_compress.methods import (
+    METHODS,
+    MethodConfig,
+    MethodHandle,
+    config_from_dict,
+    method_named,
+    restore,
+)
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 
@@ -94,7 +101,7 @@ class Compressor:
     @property
     def plan(self) -> CompressionPlan:
         """The plan of the model as it is now."""
-        model_type = self.model.config.model_type  # type: ignore[union-attr]
+        model_type = str(self.model.config.model_type)  # type: ignore[union-attr]
         prepared = tuple(MethodRecord(s, "prepared", h.config.to_dict()) for s, h in self.handles.items())
         return CompressionPlan(model_type, self._records + prepared)
 
@@ -201,7 +208,9 @@ class Compressor:
     def dense_skeleton(self) -> nn.Module:
         """Return the dense model on the meta device: shapes to count, no weights."""
         memo: dict[int, Any] = {
-            id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+            id(t): nn.Parameter(t.to("meta"), t.requires_grad)
+            if isinstance(t, nn.Parameter)
+            else t.to("meta")
             for t in [*self.model.parameters(), *self.model.buffers()]
         }
         model, ledgers = copy.deepcopy((self.model, self._all_ledgers()), memo)
@@ -211,7 +220,11 @@ class Compressor:
 
     def metrics(self) -> dict[str, float]:
         """Quantities worth logging, as ``compress/<stem>/<quantity>``."""
-        return {f"compress/{s}/{name}": value for s, h in self.handles.items() for name, value in h.metrics().items()}
+        return {
+            f"compress/{s}/{name}": value
+            for s, h in self.handles.items()
+            for name, value in h.metrics().items()
+        }
 
     def convert(self) -> CompressionPlan:
         """Bake every method into plain modules; the model is physically smaller afterwards.
@@ -240,7 +253,9 @@ class Compressor:
             self._warn_of_changed_configs(plan)
             return
         if _shape_of(plan)[: len(self._loaded)] != _shape_of(self.plan)[: len(self._loaded)]:
-            raise PlanError("the model was loaded in a compressed structure that the plan does not begin with")
+            raise PlanError(
+                "the model was loaded in a compressed structure that the plan does not begin with"
+            )
         for ledger in reversed(self._all_ledgers()):
             ledger.revert()
         self.handles, self._records, self._ledgers = {}, self._loaded, []
@@ -252,7 +267,9 @@ class Compressor:
             try:
                 config = self.configs.get(record.method) or config_from_dict(method.Config, record.config)
             except (TypeError, ValueError) as error:
-                raise PlanError(f"plan holds an unusable configuration of {record.method}: {error}") from error
+                raise PlanError(
+                    f"plan holds an unusable configuration of {record.method}: {error}"
+                ) from error
             self.handles[record.method] = method.prepare(self.model, config)
         self._warn_of_changed_configs(plan)
         self._follow_handles()
@@ -287,7 +304,11 @@ class Compressor:
         for record in plan.methods:
             config = self.configs.get(record.method)
             if config is not None and record.stage == "prepared" and config.to_dict() != record.config:
-                changed = {k: (record.config.get(k), v) for k, v in config.to_dict().items() if record.config.get(k) != v}
+                changed = {
+                    k: (record.config.get(k), v)
+                    for k, v in config.to_dict().items()
+                    if record.config.get(k) != v
+                }
                 warnings.warn(
                     f"{record.method} was saved with other settings than it now has (saved, now): {changed}; "
                     "the present settings are used",

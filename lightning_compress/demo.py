@@ -13,12 +13,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_compress.callbacks import CompressionReport, SoftThresholdRank
 from lightning_compress.data import TextClassificationData
-from lightning_compress.deploy import disk_bytes, load, save_pretrained
+from lightning_compress.deploy import disk_bytes, save_pretrained
 from lightning_compress.nn.flops import ParameterCount, count_flops, count_parameters
-from lightning_compress.report import LatencyTable, measure_latency
+from lightning_compress.report import measure_latency
 from lightning_compress.tasks import TextClassifier
 
 __all__ = ["Outcome", "run_demo"]
@@ -46,7 +47,9 @@ class Outcome:
     folder: Path
 
 
-def run_demo(steps: int = 300, target_params: float = 0.5, output: Path = Path("demo-output"), seed: int = 0) -> None:
+def run_demo(
+    steps: int = 300, target_params: float = 0.5, output: Path = Path("demo-output"), seed: int = 0
+) -> None:
     """Run the demo and print its tables.
 
     Args:
@@ -64,23 +67,29 @@ def run_demo(steps: int = 300, target_params: float = 0.5, output: Path = Path("
     console = Console()
     console.print(f"[bold]1/3[/] Fine-tune all-MiniLM-L6-v2 (dense) on stdlib-docs, {steps} steps")
     dense = _train("dense", [], steps, output, seed)
-    console.print(f"[bold]2/3[/] The same with SoftThresholdRank(target_params={target_params}), {steps} steps")
+    console.print(
+        f"[bold]2/3[/] The same with SoftThresholdRank(target_params={target_params}), {steps} steps"
+    )
     report = CompressionReport(
         str(output / "report"), lengths=[_LENGTH], dense_metrics={"val/acc": dense.accuracy}
     )
-    compressed = _train("compressed", [SoftThresholdRank(target_params=target_params), report], steps, output, seed)
+    compressed = _train(
+        "compressed", [SoftThresholdRank(target_params=target_params), report], steps, output, seed
+    )
     console.print("[bold]3/3[/] Measure latency, interleaved")
     folders = {"dense": dense.folder, "compressed": compressed.folder}
     latency = measure_latency(folders, _BATCH_SIZES, [_LENGTH], rounds=11)
     console.print(_gains(dense, compressed), latency.to_rich())
-    _show_use(console, compressed.folder, latency)
+    _show_use(console, compressed.folder)
     console.print(f"Report: {report.path}")
 
 
 def _train(name: str, callbacks: list[Callback], steps: int, output: Path, seed: int) -> Outcome:
     seed_everything(seed, verbose=False)
     data = TextClassificationData(max_length=_LENGTH, seed=seed)
-    module = TextClassifier(num_labels=data.num_labels, label_names=list(data.label_names or ()), learning_rate=2e-4)
+    module = TextClassifier(
+        num_labels=data.num_labels, label_names=list(data.label_names or ()), learning_rate=1e-4
+    )
     trainer = Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
@@ -117,7 +126,7 @@ def _gains(dense: Outcome, compressed: Outcome) -> Table:
         "encoder parameters (M)": (dense.parameters.encoder / 1e6, compressed.parameters.encoder / 1e6),
         "total parameters (M)": (dense.parameters.total / 1e6, compressed.parameters.total / 1e6),
         "weights on disk (MB)": (dense.weight_bytes / 1e6, compressed.weight_bytes / 1e6),
-        "MFLOPs per text": (dense.flops / 1e6, compressed.flops / 1e6),
+        "FLOPs per text (M)": (dense.flops / 1e6, compressed.flops / 1e6),
         "test accuracy (%)": (100 * dense.accuracy, 100 * compressed.accuracy),
     }
     for name, (before, after) in rows.items():
@@ -125,16 +134,21 @@ def _gains(dense: Outcome, compressed: Outcome) -> Table:
     return table
 
 
-def _show_use(console: Console, folder: Path, latency: LatencyTable) -> None:
+def _show_use(console: Console, folder: Path) -> None:
     text = "Accept a connection on a listening socket and return the new socket and the address of the peer."
     command = [sys.executable, "-c", _OPENS_WITHOUT_LIGHTNING, str(folder), text]
-    label = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
-    assert load(folder).config.id2label
-    console.print(f"Opened by AutoModelForSequenceClassification in a process without Lightning: {text!r} → {label}")
+    label = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    )
+    console.print(
+        f"Opened by AutoModelForSequenceClassification in a process without Lightning: {text!r} → {label}"
+    )
 
 
 def _quieten() -> None:
-    """Keep host libraries' advice out of the demo's output."""
+    """Keep host libraries' advice and progress bars of their own out of the demo's output."""
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")

@@ -66,7 +66,12 @@ class CompressionPlan:
             "version": self.version,
             "model_type": self.model_type,
             "methods": [
-                {"method": r.method, "stage": r.stage, "config": dict(r.config), "structure": dict(r.structure)}
+                {
+                    "method": r.method,
+                    "stage": r.stage,
+                    "config": dict(r.config),
+                    "structure": dict(r.structure),
+                }
                 for r in self.methods
             ],
         }

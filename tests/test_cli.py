@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,27 @@ def no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    return {"encoder": save_tiny_encoder(folder / "encoder"), "texts": save_tiny_reviews(folder / "texts.tsv")}
+    return {
+        "encoder": save_tiny_encoder(folder / "encoder"),
+        "texts": save_tiny_reviews(folder / "texts.tsv"),
+    }
 
 
 def run_config(files: dict[str, str], tmp_path: Path, **sections: Any) -> dict[str, Any]:
     ranks = {"class_path": "SoftThresholdRank", "init_args": {"target_params": 0.5, "rank_multiple": 4}}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = {"accelerator": "cpu", "max_steps": 6, "callbacks": [ranks], "default_root_dir": str(tmp_path), **quiet}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = {
+        "accelerator": "cpu",
+        "max_steps": 6,
+        "callbacks": [ranks],
+        "default_root_dir": str(tmp_path),
+        **quiet,
+    }
     data = {"train": files["texts"], "tokenizer": files["encoder"], "max_length": 16, "batch_size": 4}
     return {
         "seed_everything": 0,
@@ -77,18 +90,26 @@ def test_fit_saves_a_compressed_model_that_opens(
     assert (tmp_path / "model" / "tokenizer.json").exists()
 
 
-def test_a_yaml_with_an_optimizer_section_trains_the_new_parameters(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_yaml_with_an_optimizer_section_trains_the_new_parameters(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     config = run_config(files, tmp_path, **OPTIMIZERS["optimizer and scheduler"])
     config["trainer"]["callbacks"][0]["init_args"].update(convert=False, warmup=0.9, search_end=1.0)
     factors = []
     for rate in (0.0, 0.1):
         config["optimizer"]["init_args"]["lr"] = rate
-        run = {"subclass_mode_model": True, "subclass_mode_data": True, "save_config_kwargs": {"overwrite": True}}
+        run = {
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "save_config_kwargs": {"overwrite": True},
+        }
         cli = CompressionCLI(args=["fit", "--config", write(config, tmp_path)], **run)
         layers = [m for m in cli.model.modules() if isinstance(m, SoftThresholdLinear)]
         held = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
         assert {id(p) for layer in layers for p in (layer.u_OM, layer.sigma_M, layer.v_MI)} <= held
-        factors.append([p.detach().clone() for layer in layers for p in (layer.u_OM, layer.sigma_M, layer.v_MI)])
+        factors.append(
+            [p.detach().clone() for layer in layers for p in (layer.u_OM, layer.sigma_M, layer.v_MI)]
+        )
     assert factors[0] and not any(torch.equal(still, moved) for still, moved in zip(*factors, strict=True))
 
 
@@ -98,7 +119,9 @@ def test_the_output_folder_can_be_chosen(files: dict[str, str], tmp_path: Path) 
     assert plan_of(load(tmp_path / "elsewhere")) is not None
 
 
-def test_settings_of_a_callback_can_be_overridden_on_the_command_line(files: dict[str, str], tmp_path: Path) -> None:
+def test_settings_of_a_callback_can_be_overridden_on_the_command_line(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     config = run_config(files, tmp_path)
     config["trainer"]["callbacks"] = []
     extra = ["--trainer.callbacks+=SoftThresholdRank", "--trainer.callbacks.target_params=0.6"]
@@ -129,9 +152,11 @@ def test_bench_and_report_go_on_from_a_run(
     assert json.loads(timed.read_text())["timings"]
 
 
-@pytest.mark.parametrize("words", [["report", "nowhere"], ["bench", "nowhere", "--against", "nowhere"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["report", "nowhere"], ["bench", "nowhere", "--against", "nowhere"]], ids=str
+)
 def test_what_the_user_can_mend_is_said_in_one_line(words: list[str]) -> None:
-    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere"):
         main(words)
 
 
@@ -143,13 +168,14 @@ def test_a_number_out_of_range_is_said_before_training(files: dict[str, str], tm
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]], ids=["nothing", "help"])
-def test_the_overview_is_printed_without_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_is_printed_without_a_command(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     main(words)
     assert capsys.readouterr().out.startswith("usage: lightning-compress")
 
 
 def test_the_help_of_fit_explains_the_callbacks_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(), pytest.raises(SystemExit):
-        warnings.simplefilter("ignore")
+    with pytest.raises(SystemExit):
         main(["fit", "--trainer.callbacks.help=SoftThresholdRank"])
     assert "Share of the parameters of" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from lightning_compress.compressor import Compressor
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
-from tests.toys import toy_loader, tiny_bert
+from tests.toys import tiny_bert, toy_loader
 
 
 def config(**settings: float) -> SoftThresholdRankConfig:
@@ -120,7 +120,7 @@ def test_a_state_of_another_schema_or_method_is_refused() -> None:
 
 def test_a_plan_with_an_unusable_configuration_is_refused() -> None:
     record = MethodRecord("soft_threshold_rank", "prepared", {"target_params": 7})
-    with pytest.raises(PlanError, match="unusable configuration.*target_params=7"):
+    with pytest.raises(PlanError, match=r"unusable configuration.*target_params=7"):
         Compressor(tiny_bert()).apply_plan(CompressionPlan("bert", (record,)))
 
 

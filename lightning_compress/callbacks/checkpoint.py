@@ -30,7 +30,9 @@ class CompressedModelCheckpoint(ModelCheckpoint):
     """
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         """Save as usual once on target."""
         if _is_on_target(pl_module):
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)

@@ -16,8 +16,16 @@ from lightning_compress.callbacks.session import session_of, training_progress
 from lightning_compress.compressor import Compressor
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import get_module, linear_shape
-from lightning_compress.report import FinalRecord, LayerRank, RunRecord, ScopeCounts, StepRecord
-from lightning_compress.report import describe_machine, describe_versions, write_report
+from lightning_compress.report import (
+    FinalRecord,
+    LayerRank,
+    RunRecord,
+    ScopeCounts,
+    StepRecord,
+    describe_machine,
+    describe_versions,
+    write_report,
+)
 
 __all__ = ["CompressionReport"]
 
@@ -61,7 +69,9 @@ class CompressionReport(Callback):
         """Count the dense model."""
         compressor = _compressor_of(pl_module)
         if compressor is None:
-            warnings.warn("CompressionReport has nothing to report: no compression callback is active", stacklevel=2)
+            warnings.warn(
+                "CompressionReport has nothing to report: no compression callback is active", stacklevel=2
+            )
             return
         skeleton = compressor.dense_skeleton()
         self._dense = _scopes(skeleton), count_flops(skeleton, self.lengths).total

@@ -9,7 +9,15 @@ from lightning_compress.methods.base import MethodConfig, MethodHandle, MethodMo
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import CompressionPlan, PlanError
 
-__all__ = ["METHODS", "MethodConfig", "MethodHandle", "MethodModule", "config_from_dict", "method_named", "restore"]
+__all__ = [
+    "METHODS",
+    "MethodConfig",
+    "MethodHandle",
+    "MethodModule",
+    "config_from_dict",
+    "method_named",
+    "restore",
+]
 
 METHODS: dict[str, MethodModule] = {
     "soft_threshold_rank": soft_threshold_rank,  # type: ignore[dict-item]
@@ -39,5 +47,7 @@ def restore(model: nn.Module, plan: CompressionPlan) -> list[Ledger]:
         raise PlanError(f"plan is for model_type {plan.model_type!r}, the model is {model_type!r}")
     for record in plan.methods:
         if record.stage != "converted":
-            raise PlanError(f"plan holds {record.method} in training form: convert the model before saving it")
+            raise PlanError(
+                f"plan holds {record.method} in training form: convert the model before saving it"
+            )
     return [method_named(record.method).restore(model, record.structure) for record in plan.methods]

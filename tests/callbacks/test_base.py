@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -69,7 +69,10 @@ class Scheduled(ToyModule):
         rest = [p for n, p in self.named_parameters() if not n.endswith("weight")]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-3)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+        }
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         return get_linear_schedule_with_warmup(optimizer, 2, 6)
@@ -119,12 +122,15 @@ class ForgetsTheHead(ToyModule):
 class Doubles(ToyModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        dict.__setitem__(optimizer.param_groups[0], "params", [*self.parameters(), self.model.classifier.bias])
+        dict.__setitem__(
+            optimizer.param_groups[0], "params", [*self.parameters(), self.model.classifier.bias]
+        )
         return optimizer
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(ForgetsTheHead, "in no optimizer.*model.classifier"), (Doubles, "more than one.*classifier.bias")]
+    ("kind", "said"),
+    [(ForgetsTheHead, "in no optimizer.*model.classifier"), (Doubles, "more than one.*classifier.bias")],
 )
 def test_a_parameter_outside_exactly_one_optimizer_is_named_before_training(kind: type, said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
@@ -150,7 +156,9 @@ class Manual(ToyModule):
         optimizer.step()
 
 
-@pytest.mark.parametrize("length", [{"max_epochs": 1}, {"max_steps": 6, "max_epochs": -1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    "length", [{"max_epochs": 1}, {"max_steps": 6, "max_epochs": -1}], ids=["epochs", "steps"]
+)
 def test_manual_optimization_learns_ranks_too(length: dict[str, int]) -> None:
     module = Manual()
     callback = ranks_callback(convert=False)
@@ -164,7 +172,12 @@ def test_class_hooks_and_attention_come_back_after_teardown() -> None:
     module = ToyModule()
     before = (type(module), module.model.config._attn_implementation, _hooks(module), set(vars(module)))
     toy_trainer(callbacks=[ranks_callback(convert=False)]).fit(module, toy_loader())
-    after = (type(module), module.model.config._attn_implementation, _hooks(module), set(vars(module)) - {"_compression"})
+    after = (
+        type(module),
+        module.model.config._attn_implementation,
+        _hooks(module),
+        set(vars(module)) - {"_compression"},
+    )
     assert after == (*before[:3], before[3] | (after[3] & {"_trainer"}))
 
 
@@ -175,7 +188,7 @@ def _hooks(module: nn.Module) -> int:
 
 def test_a_module_that_places_the_term_itself_gets_it_once() -> None:
     class Own(SoftThresholdRankLossMixin, ToyModule):
-        seen: list[tuple[float, float]] = []
+        seen: ClassVar[list[tuple[float, float]]] = []
 
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
             task = super().training_step(batch, batch_idx)

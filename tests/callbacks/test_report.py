@@ -16,7 +16,9 @@ from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
 @pytest.mark.parametrize("report_first", [True, False])
 def test_a_run_leaves_a_report_that_agrees_with_the_model(tmp_path: Path, report_first: bool) -> None:
     method = SoftThresholdRank(target_params=0.5, rank_multiple=4)
-    report = CompressionReport(str(tmp_path / "report"), lengths=[6], every_n_steps=2, dense_metrics={"val/loss": 0.6})
+    report = CompressionReport(
+        str(tmp_path / "report"), lengths=[6], every_n_steps=2, dense_metrics={"val/loss": 0.6}
+    )
     module = ToyModule()
     callbacks = [report, method] if report_first else [method, report]
     toy_trainer(callbacks=callbacks, max_steps=12).fit(module, toy_loader(), toy_loader())

@@ -35,7 +35,9 @@ def test_the_course_of_compression_is_logged() -> None:
     assert {f"{PREFIX}/rank_ratio", "train/loss"} <= set(watch.seen[0])
 
 
-@pytest.mark.parametrize("settings", [{"regularizer": "exp"}, {"allocation": "uniform"}, {"init": "svd"}, {"relative": True}])
+@pytest.mark.parametrize(
+    "settings", [{"regularizer": "exp"}, {"allocation": "uniform"}, {"init": "svd"}, {"relative": True}]
+)
 def test_every_way_to_compress_reaches_the_target(settings: dict[str, Any]) -> None:
     watch = Watch()
     method = SoftThresholdRank(target_params=0.5, rank_multiple=4, **settings)

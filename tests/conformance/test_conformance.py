@@ -177,7 +177,9 @@ def test_the_callbacks_arguments_are_the_configs_fields(case: Case) -> None:
     parameters = inspect.signature(type(callback).__init__).parameters
     own = {name: p for name, p in parameters.items() if name not in ("self", "module", "convert")}
     defaults = type(case.compressing)()
-    assert {name: p.default for name, p in own.items()} == {f.name: getattr(defaults, f.name) for f in fields(defaults)}
+    assert {name: p.default for name, p in own.items()} == {
+        f.name: getattr(defaults, f.name) for f in fields(defaults)
+    }
     assert callback.config == case.compressing
 
 

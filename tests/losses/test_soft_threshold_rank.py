@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_compress.losses.soft_threshold_rank import expected_size, size_over_budget, terms, threshold_decay
+from lightning_compress.losses.soft_threshold_rank import (
+    expected_size,
+    size_over_budget,
+    terms,
+    threshold_decay,
+)
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig, prepare, update
 from tests.toys import tiny_bert
 
@@ -45,11 +50,17 @@ def test_there_is_no_term_outside_the_search() -> None:
     assert terms(SimpleNamespace(phase="warmup")) == {} and terms(SimpleNamespace(phase="recovery")) == {}
 
 
-@pytest.mark.parametrize(("regularizer", "name"), [("target", "size_over_budget"), ("exp", "threshold_decay")])
-def test_each_regularizer_pushes_every_threshold_up_and_scales_with_its_weight(regularizer: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("regularizer", "name"), [("target", "size_over_budget"), ("exp", "threshold_decay")]
+)
+def test_each_regularizer_pushes_every_threshold_up_and_scales_with_its_weight(
+    regularizer: str, name: str
+) -> None:
     values = []
     for weight in (1.0, 3.0):
-        config = SoftThresholdRankConfig(regularizer=regularizer, regularizer_weight=weight, rank_multiple=1, warmup=0.0)
+        config = SoftThresholdRankConfig(
+            regularizer=regularizer, regularizer_weight=weight, rank_multiple=1, warmup=0.0
+        )
         handle = prepare(tiny_bert(), config)
         update(handle, 0.0)
         update(handle, 0.2)

@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 from lightning_compress.nn.rank_budget import LayerSize, choose_ranks, layer_cost, smallest_size
 
 
-@pytest.mark.parametrize(("o", "i", "rank"), [(768, 768, 384), (3072, 768, 614.4), (2048, 2048, 1024), (5632, 2048, 1501.87)])
+@pytest.mark.parametrize(
+    ("o", "i", "rank"), [(768, 768, 384), (3072, 768, 614.4), (2048, 2048, 1024), (5632, 2048, 1501.87)]
+)
 def test_break_even_ranks_of_the_specification(o: int, i: int, rank: float) -> None:
     assert LayerSize(i, o).break_even == pytest.approx(rank, abs=0.01)
 
 
-@pytest.mark.parametrize(("o", "i", "rank"), [(768, 768, 192), (3072, 768, 307), (2048, 2048, 512), (5632, 2048, 750)])
+@pytest.mark.parametrize(
+    ("o", "i", "rank"), [(768, 768, 192), (3072, 768, 307), (2048, 2048, 512), (5632, 2048, 750)]
+)
 def test_ranks_at_half_of_a_layer(o: int, i: int, rank: int) -> None:
     assert int(LayerSize(i, o).break_even / 2) == rank
 
