@@ -82,3 +82,28 @@ def test_an_fp16_scale_is_taken_out_of_the_gradients() -> None:
     optimizer.step(scaler)
     (state,) = optimizer.optimizer.state.values()
     assert float(state["exp_avg"]) == pytest.approx(0.3)
+
+
+def test_gradients_under_an_fp16_scaler_are_unscaled_and_overflows_skipped() -> None:
+    scaled, plain = owner(0.1), owner(0.1)
+    optimizer, reference = AuxiliaryOptimizer([scaled]), AuxiliaryOptimizer([plain])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (3.0, float("inf"), 0.5):
+        scaler.scale(scaled.parameter**2 * factor).backward()
+        optimizer.step(scaler)
+        scaler.update()
+        if factor != float("inf"):
+            (plain.parameter**2 * factor).backward()
+            reference.step()
+    assert torch.equal(scaled.parameter, plain.parameter)
+    assert scaler.get_scale() == 512.0
+
+
+def test_moments_are_forgotten_while_a_loaded_state_waits() -> None:
+    one, two = owner(0.1), owner(0.1)
+    first, second = AuxiliaryOptimizer([one]), AuxiliaryOptimizer([two])
+    one.parameter.backward()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    second.forget([two.parameter])
+    assert second.optimizer is not None and not second.optimizer.state

@@ -20,6 +20,7 @@ from lightning_compress.callbacks.optimizers import check_every_parameter_is_opt
 from lightning_compress.callbacks.session import (
     CHECKPOINT_KEY,
     Session,
+    check_averaging,
     check_launcher,
     check_strategy,
     returns_weights_only,
@@ -79,6 +80,10 @@ class _Attached(CompressionMixin):
 
     def setup(self, stage: str) -> None:
         """Prepare the model if ``__init__`` or the user's ``setup`` built it."""
+        if not _session(self).is_of(self.trainer):  # type: ignore[attr-defined]
+            detach(self)  # type: ignore[arg-type] # a run ended in an exception, and this one does not compress
+            self.setup(stage)
+            return
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit" and not _builds_later(self):
             _session(self).prepare(self)  # type: ignore[arg-type]
@@ -176,8 +181,13 @@ class CompressionCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the hooks on the module, and this method into its session."""
         check_strategy(trainer)
+        session = session_of(pl_module)
+        if session is not None and not session.is_of(trainer):
+            detach(pl_module)  # what a run that ended in an exception left behind
         if stage == "fit":
             check_launcher(trainer, _own_class(pl_module), CompressionMixin)
+            if session is None or session.compressor is None or not session.compressor.is_converted:
+                check_averaging(trainer)
         attach(pl_module).register(trainer, self.config, self.module)
 
     @override
@@ -196,7 +206,9 @@ class CompressionCallback(Callback):
             pl_module.register_state_dict_post_hook(_write_session)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Write plan and state where the module does not: after fit, when it has its own class back."""
         session = session_of(pl_module)
         if session is not None and CHECKPOINT_KEY not in checkpoint:
@@ -243,7 +255,9 @@ def convert(module: LightningModule) -> CompressionPlan:
     """
     session = session_of(module)
     if session is None or session.compressor is None:
-        raise ValueError(f"{type(module).__name__} was not prepared by a compression callback: there is nothing to convert")
+        raise ValueError(
+            f"{type(module).__name__} was not prepared by a compression callback: there is nothing to convert"
+        )
     compressor = session.compressor
     plan = compressor.convert()
     attach_plan(compressor.model, plan)
@@ -262,7 +276,9 @@ def _training_step(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
         return output
     terms = compressor.take_loss_terms()
     if not module.trainer.barebones:
-        module.log_dict({**{f"compress/{name}": t.detach() for name, t in terms.items()}, **compressor.metrics()})
+        module.log_dict(
+            {**{f"compress/{name}": t.detach() for name, t in terms.items()}, **compressor.metrics()}
+        )
     extra = sum(terms.values())
     if isinstance(output, Mapping):
         return {**output, "loss": output["loss"] + extra}
@@ -306,7 +322,9 @@ def _session(module: object) -> Session:
 
 def _compressor(module: object) -> Compressor:
     session = session_of(module)
-    assert session is not None and session.compressor is not None, "the model is prepared before training starts"
+    assert session is not None and session.compressor is not None, (
+        "the model is prepared before training starts"
+    )
     return session.compressor
 
 

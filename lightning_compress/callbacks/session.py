@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from lightning_compress.callbacks.randomness import RandomStream
@@ -25,6 +26,7 @@ from lightning_compress.plan import CompressionPlan, PlanError
 __all__ = [
     "CHECKPOINT_KEY",
     "Session",
+    "check_averaging",
     "check_launcher",
     "check_strategy",
     "returns_weights_only",
@@ -62,11 +64,15 @@ class Session:
         if any(known is config for known in self.configs):
             return
         if module_path is not None and self.module_path not in (None, module_path):
-            raise ValueError(f"callbacks disagree: module={self.module_path!r} and module={module_path!r}; name one")
+            raise ValueError(
+                f"callbacks disagree: module={self.module_path!r} and module={module_path!r}; name one"
+            )
         self.module_path = module_path or self.module_path
         for known in self.configs:
             if known.stem == config.stem:
-                raise ValueError(f"{config.stem} is asked for twice, with {known} and {config}: keep one callback")
+                raise ValueError(
+                    f"{config.stem} is asked for twice, with {known} and {config}: keep one callback"
+                )
         self.configs.append(config)
 
     def is_of(self, trainer: Trainer) -> bool:
@@ -125,7 +131,9 @@ class Session:
             self._load_dense(fitting)
             return
         if data.get("schema") != _SCHEMA:
-            raise PlanError(f"checkpoint has compression schema {data.get('schema')!r}, this release reads {_SCHEMA}")
+            raise PlanError(
+                f"checkpoint has compression schema {data.get('schema')!r}, this release reads {_SCHEMA}"
+            )
         self.module_path = self.module_path or data["module"]
         compressor = self.connect(module)
         compressor.configs = {config.stem: config for config in self.configs}
@@ -182,6 +190,22 @@ def check_strategy(trainer: Trainer) -> None:
         raise ValueError(
             f"{refused[0]} is not supported while compressing: it shards parameters that compression replaces. Use "
             "strategy='ddp' or a single device, or compress first and shard the saved model afterwards"
+        )
+
+
+def check_averaging(trainer: Trainer) -> None:
+    """Refuse callbacks that average each parameter over time.
+
+    Raises:
+        ValueError: If there is such a callback.
+    """
+    averaging = (WeightAveraging, StochasticWeightAveraging)
+    found = [type(c).__name__ for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
+    if found:
+        raise ValueError(
+            f"{found[0]} averages parameters over time, but compression gives them a new meaning on the way (each "
+            "decomposition starts from other factors). Compress first, then call fit with "
+            f"{found[0]} and without the compression callbacks, to average while the compressed model is fine-tuned"
         )
 
 

@@ -25,7 +25,9 @@ _CALIBRATION_TOKENS = 256
 Mode = Literal["open", "gated", "pinned"]
 
 
-def shrink_singular_values(sigma_M: Tensor, alpha: Tensor, sharpness: float, scale: Tensor | float = 1.0) -> Tensor:
+def shrink_singular_values(
+    sigma_M: Tensor, alpha: Tensor, sharpness: float, scale: Tensor | float = 1.0
+) -> Tensor:
     """Return the gated singular values ``sigma * tanh(s * (sigma / scale - alpha))``, exactly 0 at or below alpha.
 
     A gate, not a proximal operator: values well above the threshold keep their full size. Autograd gives the true
@@ -62,21 +64,24 @@ class SoftThresholdLinear(nn.Module):
 
     keep_mask_M: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Module, *, sharpness: float = 50.0, relative: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear_shape(linear)
         self.sharpness, self.relative = sharpness, relative
         weight_OI = dense_weight(linear).detach()
-        rank, factory = min(self.in_features, self.out_features), {"device": weight_OI.device}
-        trainable = linear.weight.requires_grad
+        rank, device = min(self.in_features, self.out_features), weight_OI.device
+        trainable = bool(linear.weight.requires_grad)
         self.u_OM = nn.Parameter(weight_OI.new_empty(self.out_features, rank), requires_grad=trainable)
-        self.sigma_M = nn.Parameter(torch.empty(rank, dtype=torch.float32, **factory), requires_grad=trainable)
+        self.sigma_M = nn.Parameter(
+            torch.empty(rank, dtype=torch.float32, device=device), requires_grad=trainable
+        )
         self.v_MI = nn.Parameter(weight_OI.new_empty(rank, self.in_features), requires_grad=trainable)
-        self.alpha = nn.Parameter(torch.zeros((), dtype=torch.float32, **factory))
-        self.bias = linear.bias
-        self.register_buffer("keep_mask_M", torch.ones(rank, dtype=torch.bool, **factory))
-        self.register_buffer("scale", torch.ones((), dtype=torch.float32, **factory))
+        self.alpha = nn.Parameter(torch.zeros((), dtype=torch.float32, device=device))
+        self.bias = linear.bias  # type: ignore[assignment]
+        self.register_buffer("keep_mask_M", torch.ones(rank, dtype=torch.bool, device=device))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
         self.settled_moment_II: Tensor | None = None
         self._recent: list[Tensor] = []
         self.mode: Mode = "open"
@@ -94,11 +99,20 @@ class SoftThresholdLinear(nn.Module):
         that cutting small sigmas costs least output energy.
         C is normalised to mean diagonal 1, which keeps sigma on the scale of the plain singular values.
 
+        Raises:
+            ValueError: If weight or moments hold infinities or NaN.
+
         Paper: SVD-LLM (ICLR 2025), truncation-aware data whitening.
         """
         weight_OI = self.weight if weight_OI is None else weight_OI
         matrix_OI = weight_OI.double()
         self.settle()
+        seen = [matrix_OI] if self.settled_moment_II is None else [matrix_OI, self.settled_moment_II]
+        if not all(bool(tensor.isfinite().all()) for tensor in seen):
+            raise ValueError(
+                "the weights or inputs of a linear layer are not finite, so it cannot be decomposed: training has "
+                "diverged. Lower the learning rate, clip gradients, or use bf16 in place of fp16"
+            )
         if self.settled_moment_II is None:
             u_OM, sigma_M, v_MI = torch.linalg.svd(matrix_OI, full_matrices=False)
         else:
@@ -228,7 +242,9 @@ class SoftThresholdLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show shape, rank and state in the module's printed form."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.mode}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.mode}"
+        )
 
 
 class LowRankLinear(nn.Sequential):
