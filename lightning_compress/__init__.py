@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress._version import __version__
 from lightning_compress.compressor import Compressor
-from lightning_compress.deploy import load, plan_of, save_pretrained
+from lightning_compress.deploy import attach_plan, load, plan_of, save_pretrained
 from lightning_compress.losses import SoftThresholdRankLossMixin
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.plan import CompressionPlan, PlanError
@@ -36,6 +36,7 @@ __all__ = [
     "SoftThresholdRankConfig",
     "SoftThresholdRankLossMixin",
     "__version__",
+    "attach_plan",
     "convert",
     "load",
     "plan_of",

@@ -4,7 +4,13 @@
 package's tasks, data and callbacks known by their short names. ``demo``, ``report`` and ``bench`` are ours.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import logging
+
+# Imported by peft, bitsandbytes tells of kernels that nobody asked for, before any command has run.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import sys
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 import warnings
@@ -63,6 +64,7 @@ def run_demo(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is below 1")
+    method = SoftThresholdRank(target_params=target_params)
     _quieten()
     console = Console()
     console.print(f"[bold]1/3[/] Fine-tune all-MiniLM-L6-v2 (dense) on stdlib-docs, {steps} steps")
@@ -74,7 +76,7 @@ def run_demo(
         str(output / "report"), lengths=[_LENGTH], dense_metrics={"val/acc": dense.accuracy}
     )
     compressed = _train(
-        "compressed", [SoftThresholdRank(target_params=target_params), report], steps, output, seed
+        "compressed", [method, report], steps, output, seed
     )
     console.print("[bold]3/3[/] Measure latency, interleaved")
     folders = {"dense": dense.folder, "compressed": compressed.folder}
@@ -90,10 +92,12 @@ def _train(name: str, callbacks: list[Callback], steps: int, output: Path, seed:
     module = TextClassifier(
         num_labels=data.num_labels, label_names=list(data.label_names or ()), learning_rate=1e-4
     )
+    data.prepare_data()
     trainer = Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
         max_steps=steps,
+        max_epochs=math.ceil(steps * data.batch_size / len(data.lengths("train"))),
         gradient_clip_val=1.0,
         callbacks=[*callbacks, RichProgressBar(leave=True)],
         logger=False,
