@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing import ProcessRaisedException
 
@@ -102,6 +103,17 @@ def test_the_caller_gets_the_training_form_back_too(start_method: str) -> None:
     layers = [m for m in module.modules() if isinstance(m, SoftThresholdLinear)]
     assert layers and all(layer.mode == "pinned" for layer in layers)
     assert convert(module).is_converted
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_ranks_stay_equal_after_resuming(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    two_processes(callbacks=[ranks(), saves], enable_checkpointing=True).fit(Mixed(), toy_loader(64))
+    module = Mixed(hidden_dropout_prob=0.1)
+    trainer = two_processes(callbacks=[ranks(), SameOnAllRanks()])
+    trainer.fit(module, toy_loader(64), ckpt_path=tmp_path / "step=2.ckpt")
+    assert any(isinstance(m, LowRankLinear) for m in module.modules())
 
 
 def test_a_module_that_the_caller_would_not_get_back_is_refused_with_the_remedy() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
@@ -96,7 +96,7 @@ def run(
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(seed)
     settings = {"target_params": 0.5, "rank_multiple": 4, "warmup": 0.25, "search_end": 0.6, "convert": False}
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer = toy_trainer(
         max_epochs=3,
         callbacks=[SoftThresholdRank(**{**settings, **method}), *callbacks],
@@ -187,6 +187,15 @@ def test_an_exception_checkpoint_resumes_without_a_trace(
     with pytest.raises(InterruptedByTestError):
         run([Interrupts(step, hook), saves], model=DROPOUT)
     resumed = run([], ckpt_path=tmp_path / "at_exception.ckpt", model=DROPOUT, seed=99)
+    assert differences(uninterrupted, resumed) == []
+
+
+@pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model")
+@pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint")
+def test_lightnings_exception_checkpoint_resumes_without_a_trace(tmp_path: Path, uninterrupted: Any) -> None:
+    with pytest.raises(InterruptedByTestError):
+        run([Interrupts(5, "on_after_backward"), OnExceptionCheckpoint(tmp_path)], model=DROPOUT)
+    resumed = run([], ckpt_path=tmp_path / "on_exception.ckpt", model=DROPOUT, seed=99)
     assert differences(uninterrupted, resumed) == []
 
 

@@ -197,3 +197,22 @@ def test_replaced_weights_are_released_while_and_after_training() -> None:
     assert not any(tuple(parameter.shape) in odd for parameter in alive)
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
+
+
+def test_an_optimizer_bound_before_everything_goes_on_with_the_converted_parameters() -> None:
+    class BoundEarly(ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer
+
+    module = BoundEarly()
+    toy_trainer(callbacks=[ranks()]).fit(module, toy_loader())
+    before = copy.deepcopy(module.model.state_dict())
+    toy_trainer(max_steps=2).fit(module, toy_loader())
+    after = module.model.state_dict()
+    assert structure(module) == "converted"
+    changed = {name.rpartition(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.endswith((".down", ".up")) for name in changed)
