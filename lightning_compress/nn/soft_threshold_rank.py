@@ -202,6 +202,9 @@ class SoftThresholdLinear(nn.Module):
         exact = {name: getattr(self, name).detach() for name in ("sigma_M", "alpha", "scale")}
         super()._apply(fn, recurse)
         self._index_kept()
+        self.settle()
+        if self.settled_moment_II is not None:
+            self.settled_moment_II = self.settled_moment_II.to(self.u_OM.device)
         for name, tensor in exact.items():
             moved = getattr(self, name)
             if moved.dtype != torch.float32:

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear, shrink_singular_values
+from lightning_compress.nn.soft_threshold_rank import (
+    LowRankLinear,
+    SoftThresholdLinear,
+    shrink_singular_values,
+)
 
 
 def layer(inputs: int = 7, outputs: int = 5, **settings: bool) -> tuple[nn.Linear, SoftThresholdLinear]:
@@ -26,7 +30,9 @@ def slow_gate(x: float, alpha: float, s: float) -> float:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.75])
 def test_the_gate_equals_the_formula_worked_by_hand(alpha: float) -> None:
     values = [0.0, 0.1, 0.3, 0.31, 0.75, 0.8, 2.0]
-    got = shrink_singular_values(torch.tensor(values, dtype=torch.float64), torch.tensor(alpha, dtype=torch.float64), 50.0)
+    got = shrink_singular_values(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(alpha, dtype=torch.float64), 50.0
+    )
     assert got.tolist() == pytest.approx([slow_gate(x, alpha, 50.0) for x in values], abs=1e-12)
 
 
@@ -72,7 +78,9 @@ def test_both_ways_to_multiply_agree_in_value_and_gradient() -> None:
         made.zero_grad()
         y = made(x)
         (y**2).sum().backward()
-        grads.append((y[:2].detach(), made.sigma_M.grad.clone(), made.alpha.grad.clone(), made.u_OM.grad.clone()))
+        grads.append(
+            (y[:2].detach(), made.sigma_M.grad.clone(), made.alpha.grad.clone(), made.u_OM.grad.clone())
+        )
     for few, many in zip(grads[0], grads[1], strict=True):
         if few.shape == (2, 5):
             assert torch.allclose(few, many, atol=1e-5)
@@ -169,3 +177,28 @@ def test_a_low_rank_linear_shows_its_dense_product() -> None:
     low = LowRankLinear(nn.Linear(7, 2, bias=False), nn.Linear(2, 5))
     x = torch.randn(3, 7)
     assert torch.allclose(F.linear(x, low.weight, low.bias), low(x), atol=1e-6)
+
+
+def test_gathered_inputs_move_with_the_layer() -> None:
+    made = SoftThresholdLinear(nn.Linear(4, 3))
+    made.enter("open", calibrate=True)
+    made(torch.randn(5, 4))
+    made.to("meta")
+    assert made.settled_moment_II is not None and made.settled_moment_II.is_meta
+
+
+def test_kept_directions_follow_a_loaded_mask() -> None:
+    made, other = SoftThresholdLinear(nn.Linear(4, 4)), SoftThresholdLinear(nn.Linear(4, 4))
+    made.pin(torch.tensor([True, False, True, False]))
+    other.enter("pinned")
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(5, 4)
+    assert torch.equal(other(x), made(x))
+    assert other.rank == 2
+
+
+def test_weights_that_are_not_finite_are_named_as_such() -> None:
+    linear = nn.Linear(4, 4)
+    nn.init.constant_(linear.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        SoftThresholdLinear(linear)
