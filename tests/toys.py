@@ -88,6 +88,11 @@ class LateToyModule(ToyModule):
 
 def toy_trainer(**settings: Any) -> Trainer:
     """A quiet trainer on one CPU process, six steps long unless told otherwise."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     length = {} if "max_epochs" in settings else {"max_steps": 6}
     return Trainer(**{"accelerator": "cpu", "devices": 1, **quiet, **length, **settings})

@@ -64,7 +64,13 @@ class RandomStream:
 def read_random_state() -> dict[str, Any]:
     """Return the state of Python's, numpy's and torch's generators as tensors, tuples, strings and numbers."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    numpy_state = (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached)
+    numpy_state = (
+        str(kind),
+        torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        position,
+        has_gauss,
+        cached,
+    )
     state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

@@ -30,7 +30,7 @@ class SoftThresholdRank(CompressionCallback):
         warmup: Share of training before thresholds move, in [0, 1).
         search_end: Share of training after which ranks are pinned at the latest, in (warmup, 1].
         sharpness: Slope of the gate, positive.
-        relative: Whether thresholds are in units of each layer's largest singular value.
+        relative: Whether thresholds are in units of each layer's root-mean-square singular value, or absolute.
         threshold_lr: Learning rate of the thresholds; by default from the distance they have to cross.
         rank_multiple: Kept ranks are rounded up to a multiple of this, at least 1.
         dense_above: A layer stays dense where two factors would exceed this share of its weights, in (0, 1].

@@ -80,12 +80,12 @@ class SoftThresholdRankConfig(MethodConfig):
     """Decomposition at the end of the warm-up: plain, or whitened by the inputs seen during the warm-up."""
     warmup: float = 0.1
     """Share of training before the thresholds move, in [0, 1)."""
-    search_end: float = 0.5
+    search_end: float = 0.3
     """Share of training after which ranks are pinned at the latest, in (warmup, 1]."""
     sharpness: float = 50.0
     """Slope s of the gate, positive."""
-    relative: bool = False
-    """Whether thresholds are in units of each layer's largest singular value."""
+    relative: bool = True
+    """Whether thresholds are in units of each layer's root-mean-square singular value, or absolute."""
     threshold_lr: float | None = None
     """Learning rate of the thresholds; by default such that they can cross twice the distance they have to."""
     rank_multiple: int = 16
@@ -144,6 +144,8 @@ class SoftThresholdRankHandle:
     phase: Literal["warmup", "search", "recovery"] = "warmup"
     progress: float = 0.0
     auxiliary_lr: float = 0.0
+    distance: float = 0.0
+    """How far thresholds have to go from the start of the search to the cut at uniform ranks, on average."""
     _stale: list[nn.Parameter] = field(default_factory=list)
 
     @property
@@ -163,13 +165,16 @@ class SoftThresholdRankHandle:
         )
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Living directions by path, read from the device at once."""
+        counts = torch.stack([layer.count_live() for layer in self.layers.values()]).tolist()
+        return dict(zip(self.layers, counts, strict=True))
+
+    @property
     def size(self) -> int:
         """Weights the factorised linears would hold if converted now."""
-        c = self.config
-        costs = (
-            layer_cost(s, self.layers[p].rank, c.rank_multiple, c.dense_above) for p, s in self.sizes.items()
-        )
-        return sum(costs)
+        c, ranks = self.config, self.ranks
+        return sum(layer_cost(s, ranks[p], c.rank_multiple, c.dense_above) for p, s in self.sizes.items())
 
     @property
     def dense_size(self) -> int:
@@ -205,25 +210,25 @@ class SoftThresholdRankHandle:
 
     def metrics(self) -> dict[str, float]:
         """Size ratio over the factorised linears, mean rank ratio and mean threshold."""
-        layers = list(self.layers.values())
+        ratios = [rank / self.layers[path].full_rank for path, rank in self.ranks.items()]
         return {
             "size_ratio": self.size / self.dense_size,
-            "rank_ratio": sum(layer.rank / layer.full_rank for layer in layers) / len(layers),
-            "threshold": sum(float(layer.alpha.detach()) for layer in layers) / len(layers),
+            "rank_ratio": sum(ratios) / len(ratios),
+            "threshold": float(torch.stack([a.detach() for a in self.auxiliary_parameters()]).mean()),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, progress and gathered moments; thresholds, factors and masks are in the model's own state."""
         settled = {path: layer.settled_moment_II for path, layer in self.layers.items()}
         moments = {path: moment_II.clone() for path, moment_II in settled.items() if moment_II is not None}
-        state = {"phase": self.phase, "progress": self.progress, "auxiliary_lr": self.auxiliary_lr}
-        return {**state, "moments": moments}
+        names = ("phase", "progress", "auxiliary_lr", "distance")
+        return {**{name: getattr(self, name) for name in names}, "moments": moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, in the layers too."""
-        self.progress, self.auxiliary_lr = state["progress"], state["auxiliary_lr"]
+        self.progress, self.distance = state["progress"], state["distance"]
         _enter(self, state["phase"])
-        self._stale = []
+        self._stale, self.auxiliary_lr = [], state["auxiliary_lr"]
         for path, layer in self.layers.items():
             moment_II = state["moments"].get(path)
             layer.settled_moment_II = None if moment_II is None else moment_II.to(layer.u_OM.device)
@@ -256,6 +261,7 @@ def update(handle: SoftThresholdRankHandle, progress: float) -> None:
     if handle.phase == "warmup" and progress >= config.warmup:
         refactorise(handle)
         _enter(handle, "search")
+        handle.distance = _distance(handle)
     if handle.phase == "search" and _search_is_over(handle):
         pin(handle)
     if handle.phase == "search" and step > 0:
@@ -263,10 +269,13 @@ def update(handle: SoftThresholdRankHandle, progress: float) -> None:
 
 
 def refactorise(handle: SoftThresholdRankHandle) -> None:
-    """Decompose the current weights anew, whitened where inputs were gathered; all ranks take rank 0's result."""
+    """Decompose the current weights anew, whitened by gathered inputs; processes pool inputs, rank 0 decides."""
+    is_distributed = dist.is_available() and dist.is_initialized()
     for layer in handle.layers.values():
+        if is_distributed and layer.moment_II is not None:
+            dist.all_reduce(layer.moment_II)
         layer.factorise()
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed:
             for tensor in (layer.u_OM, layer.sigma_M, layer.v_MI, layer.scale):
                 dist.broadcast(tensor.detach(), src=0)
 
@@ -353,6 +362,7 @@ def _chosen_paths(model: nn.Module, config: SoftThresholdRankConfig) -> list[str
             f"the model's linears are {slots[:6]}{' and more' if len(slots) > 6 else ''}"
         )
     paths = [unwrap_adapter(model, path) for path in chosen]
+    _check_untied(model, paths)
     for path in paths:
         module = get_module(model, path)
         if isinstance(module, SoftThresholdLinear | LowRankLinear):
@@ -366,6 +376,19 @@ def _chosen_paths(model: nn.Module, config: SoftThresholdRankConfig) -> list[str
         if adapter is not None:
             check_foldable(path, adapter)
     return paths
+
+
+def _check_untied(model: nn.Module, paths: list[str]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for path in paths:
+        weight = getattr(get_module(model, path), "weight", None)
+        shared = names.get(id(weight), [])
+        if len(shared) > 1:
+            raise ValueError(
+                f"the weight of {path} is shared by {shared}: factorising would untie it. Exclude these layers"
+            )
 
 
 def _budget(model: nn.Module, config: SoftThresholdRankConfig, sizes: Mapping[str, LayerSize]) -> int:
@@ -412,14 +435,19 @@ def _enter(handle: SoftThresholdRankHandle, phase: str) -> None:
 
 
 def _crossing_rate(handle: SoftThresholdRankHandle, progress_step: float) -> float:
-    """Step size with which thresholds reach the uniform-rank cut, with slack, within the rest of the search."""
-    remaining = handle.config.search_end - handle.config.warmup
+    """Step size with which thresholds can go twice the distance they have to within the search."""
+    steps = (handle.config.search_end - handle.config.warmup) / max(progress_step, 1e-6)
+    return _TRAVEL_SLACK * handle.distance / steps
+
+
+def _distance(handle: SoftThresholdRankHandle) -> float:
+    """Mean threshold that cuts every layer to the same share of its weights, the one that meets the budget."""
     share = handle.budget / handle.dense_size
     cuts = []
     for path, layer in handle.layers.items():
         rank = min(int(share * handle.sizes[path].break_even), layer.full_rank - 1)
         cuts.append(float((layer.sigma_M.detach() / layer.scale).sort(descending=True).values[rank]))
-    return _TRAVEL_SLACK * max(progress_step, 1e-6) / remaining * sum(cuts) / len(cuts)
+    return sum(cuts) / len(cuts)
 
 
 @torch.no_grad()
@@ -432,7 +460,7 @@ def _low_rank(layer: SoftThresholdLinear, adapter: nn.Module | None) -> LowRankL
     down.weight, up.weight = nn.Parameter(scaled_RI.contiguous()), nn.Parameter(u_OR.contiguous())
     for linear in (down, up):
         linear.weight.requires_grad_(layer.u_OM.requires_grad)
-    up.bias = layer.bias
+    up.bias = layer.bias  # type: ignore[assignment]
     return LowRankLinear(down, up)
 
 
@@ -441,9 +469,9 @@ def _load_dense(linear: nn.Module, layer: SoftThresholdLinear, adapter: nn.Modul
     extra_OR, extra_RI = adapter_factors(adapter, layer.weight)
     weight_OI = layer.weight + extra_OR @ extra_RI
     transposed = linear.weight.shape != weight_OI.shape or not isinstance(linear, nn.Linear)
-    linear.weight.copy_(weight_OI.T if transposed else weight_OI)
+    linear.weight.copy_(weight_OI.T if transposed else weight_OI)  # type: ignore[operator]
     if layer.bias is not None:
-        linear.bias = layer.bias
+        linear.bias = layer.bias  # type: ignore[assignment]
 
 
 def _check_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:

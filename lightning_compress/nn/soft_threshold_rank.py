@@ -21,6 +21,7 @@ from lightning_compress.nn.surgery import dense_weight, linear_shape
 __all__ = ["LowRankLinear", "SoftThresholdLinear", "shrink_singular_values"]
 
 _CALIBRATION_TOKENS = 256
+_GOLDEN_RATIO = 0.6180339887
 
 Mode = Literal["open", "gated", "pinned"]
 
@@ -59,14 +60,14 @@ class SoftThresholdLinear(nn.Module):
     Args:
         linear: The dense layer (``nn.Linear`` or ``Conv1D``) to factorise. Its bias parameter is kept as it is.
         sharpness: Slope of the gate.
-        relative: Whether thresholds are in units of the largest initial singular value.
+        relative: Whether thresholds are in units of the layer's root-mean-square singular value.
     """
 
     keep_mask_M: Tensor
     scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Module, *, sharpness: float = 50.0, relative: bool = False) -> None:
+    def __init__(self, linear: nn.Module, *, sharpness: float = 50.0, relative: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = linear_shape(linear)
         self.sharpness, self.relative = sharpness, relative
@@ -105,18 +106,20 @@ class SoftThresholdLinear(nn.Module):
         Paper: SVD-LLM (ICLR 2025), truncation-aware data whitening.
         """
         weight_OI = self.weight if weight_OI is None else weight_OI
-        matrix_OI = weight_OI.double()
+        worker = "cpu" if weight_OI.device.type == "mps" else weight_OI.device  # MPS has no float64
+        matrix_OI = weight_OI.to(worker, torch.float64)
         self.settle()
-        seen = [matrix_OI] if self.settled_moment_II is None else [matrix_OI, self.settled_moment_II]
+        moment_II = self.settled_moment_II
+        seen = [matrix_OI] if moment_II is None else [matrix_OI, moment_II]
         if not all(bool(tensor.isfinite().all()) for tensor in seen):
             raise ValueError(
                 "the weights or inputs of a linear layer are not finite, so it cannot be decomposed: training has "
                 "diverged. Lower the learning rate, clip gradients, or use bf16 in place of fp16"
             )
-        if self.settled_moment_II is None:
+        if moment_II is None:
             u_OM, sigma_M, v_MI = torch.linalg.svd(matrix_OI, full_matrices=False)
         else:
-            root_II = _cholesky_root(self.settled_moment_II.double())
+            root_II = _cholesky_root(moment_II.to(worker, torch.float64))
             u_OM, sigma_M, white_MI = torch.linalg.svd(matrix_OI @ root_II, full_matrices=False)
             v_MI = torch.linalg.solve_triangular(root_II, white_MI, upper=False, left=False)
         self.u_OM.copy_(u_OM)
@@ -124,7 +127,7 @@ class SoftThresholdLinear(nn.Module):
         self.v_MI.copy_(v_MI)
         self.settled_moment_II = None
         self.alpha.zero_()
-        self.scale.fill_(sigma_M.max().clamp_min(1e-12) if self.relative else 1.0)
+        self.scale.fill_(sigma_M.square().mean().sqrt().clamp_min(1e-12) if self.relative else 1.0)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -152,9 +155,13 @@ class SoftThresholdLinear(nn.Module):
     @property
     def rank(self) -> int:
         """Directions that live now."""
+        return int(self.count_live())
+
+    def count_live(self) -> Tensor:
+        """Return the rank as a scalar tensor, without waiting for the device."""
         if self.mode == "open":
-            return self.full_rank
-        return int(self.keep_mask_M.sum() if self.mode == "pinned" else (self.margin_M > 0).sum())
+            return torch.full_like(self.alpha, self.full_rank, dtype=torch.int64, requires_grad=False)
+        return self.keep_mask_M.sum() if self.mode == "pinned" else (self.margin_M > 0).sum()
 
     @property
     def full_rank(self) -> int:
@@ -240,7 +247,10 @@ class SoftThresholdLinear(nn.Module):
     @torch.no_grad()
     def _gather(self, x_BI: Tensor) -> None:
         x_NI = x_BI.detach().reshape(-1, self.in_features)
-        x_NI = x_NI[:: max(1, x_NI.shape[0] // _CALIBRATION_TOKENS)]
+        if x_NI.shape[0] > _CALIBRATION_TOKENS:
+            # Steps of the golden ratio spread over sequences and positions alike, whatever the shape of the batch.
+            places = torch.arange(_CALIBRATION_TOKENS, device=x_NI.device) * _GOLDEN_RATIO % 1.0
+            x_NI = x_NI.index_select(0, (places * x_NI.shape[0]).long())
         self._recent.append(x_NI.to(torch.float32, copy=True))
 
     def extra_repr(self) -> str:

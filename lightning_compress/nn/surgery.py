@@ -69,7 +69,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         return module.nx, module.nf
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"{type(module).__name__} is not a linear layer: it has no in_features and out_features")
+        raise TypeError(
+            f"{type(module).__name__} is not a linear layer: it has no in_features and out_features"
+        )
     return shape  # type: ignore[return-value]
 
 
@@ -158,8 +160,8 @@ class Ledger:
         """Put blank originals back, last replacement first; weights are zero until loaded."""
         while self._entries:
             entry = self._entries.pop()
-            device = next((p.device for p in get_module(self.root, entry.path).parameters()), torch.device("cpu"))
-            replace_module(self.root, entry.path, _materialise(entry.blank, device))
+            like = next(get_module(self.root, entry.path).parameters(), torch.empty(()))
+            replace_module(self.root, entry.path, _materialise(entry.blank, like))
 
 
 def _blank(module: nn.Module) -> nn.Module:
@@ -171,10 +173,11 @@ def _blank(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _materialise(blank: nn.Module, device: torch.device) -> nn.Module:
+def _materialise(blank: nn.Module, like: torch.Tensor) -> nn.Module:
+    """Give a blank module zero weights, on the device and of the dtype that the model has now."""
     for owner in blank.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
-                empty = torch.zeros_like(parameter, device=device)
+                empty = torch.zeros_like(parameter, device=like.device, dtype=like.dtype)
                 owner._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     return blank

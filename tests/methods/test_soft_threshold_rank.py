@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_compress.methods import restore as restore_plan
 from lightning_compress.methods.soft_threshold_rank import (
@@ -25,7 +25,13 @@ from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresho
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from tests.toys import tiny_bert
 
-SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SMALL,
     "roberta": SMALL,
@@ -33,7 +39,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert": {"vocab_size": 30, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4},
     "gpt2": {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
     "llama": {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2},
-    "mamba": {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "bos_token_id": 0, "eos_token_id": 0},
+    "mamba": {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }
 DECODERS = ("gpt2", "llama", "mamba")
 
@@ -112,7 +125,7 @@ def test_the_search_ends_as_soon_as_the_size_is_within_the_budget() -> None:
     assert handle.phase == "search"
     with torch.no_grad():
         for layer in handle.layers.values():
-            layer.alpha.copy_(layer.sigma_M.sort(descending=True).values[8])
+            layer.alpha.copy_((layer.sigma_M / layer.scale).sort(descending=True).values[8])
     update(handle, 0.1)
     assert handle.phase == "recovery" and handle.size <= handle.budget
 
@@ -159,7 +172,7 @@ def test_the_target_counts_the_scope_it_names(scope: str) -> None:
 
 
 def test_an_unreachable_target_names_the_smallest_one_that_works() -> None:
-    with pytest.raises(ValueError, match="cannot be reached.*Ask for 0.9"):
+    with pytest.raises(ValueError, match=r"cannot be reached.*Ask for 0.9"):
         prepare(tiny_bert(vocab_size=20_000), config(target_params=0.1, scope="total"))
     with pytest.raises(ValueError, match="rank_multiple"):
         prepare(tiny_bert(), config(target_params=0.3, rank_multiple=16))
@@ -174,12 +187,14 @@ def test_the_smallest_target_that_an_error_names_really_works() -> None:
 
 def test_patterns_choose_the_layers() -> None:
     model = tiny_bert()
-    structure = convert(prepare(model, config(target_params=0.5, include=("*layer.0*",), exclude=("*query",))))
+    structure = convert(
+        prepare(model, config(target_params=0.5, include=("*layer.0*",), exclude=("*query",)))
+    )
     assert structure["ranks"] and all("layer.0" in p and "query" not in p for p in structure["ranks"])
 
 
 def test_patterns_that_match_nothing_are_refused_with_the_paths() -> None:
-    with pytest.raises(ValueError, match="leave no linear.*query"):
+    with pytest.raises(ValueError, match=r"leave no linear.*query"):
         prepare(tiny_bert(), config(include=("encoder.block*",)))
 
 
@@ -191,6 +206,23 @@ def test_a_layer_that_is_factorised_already_is_refused() -> None:
     convert(handle)
     with pytest.raises(ValueError, match="factorised already"):
         prepare(model, config(target_params=0.5))
+
+
+def test_a_weight_shared_by_two_layers_is_refused() -> None:
+    model = tiny_bert()
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    second.query.weight = first.query.weight
+    with pytest.raises(ValueError, match=r"shared by.*Exclude these layers"):
+        prepare(model, config(target_params=0.5))
+
+
+def test_a_model_cast_after_prepare_converts_to_one_dtype() -> None:
+    model = tiny_bert()
+    handle = prepare(model, config(target_params=0.8))
+    model.to(torch.bfloat16)
+    assert len(convert(handle)["ranks"]) < len(handle.layers)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(ids()).logits.isfinite().all()
 
 
 def test_a_linear_of_another_kind_is_refused() -> None:

@@ -139,6 +139,16 @@ def test_calibration_gathers_only_while_training() -> None:
     assert torch.allclose(made.moment_II, x.T @ x, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequences", [8, 32, 128, 512])
+def test_calibration_sees_all_positions_whatever_the_batch(sequences: int) -> None:
+    _, made = layer(64, 5)
+    made.enter("open", calibrate=True)
+    positions = torch.eye(64).repeat(sequences, 1)
+    made.train()(positions)
+    seen = made.moment_II.diagonal()
+    assert float(seen.sum()) == 256 and int((seen > 0).sum()) >= 60
+
+
 def test_rank_deficient_inputs_can_be_whitened() -> None:
     linear, made = layer()
     made.enter("open", calibrate=True)
