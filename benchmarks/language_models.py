@@ -2,8 +2,8 @@
 
 The Llama (stories260k) is pretrained; the GPT-2 and the Mamba are trained from scratch for as many steps as every
 later run gets. ``base`` is what compression starts from; ``dense`` goes on without it for the same steps. After
-saving, each compressed model is opened again and has to generate the same tokens. Models and data are looked for
-beneath the folder named by LIGHTNING_COMPRESS_SHARED.
+saving, each compressed model is opened again and has to generate the same tokens. LIGHTNING_COMPRESS_LLAMA names the
+folder of the pretrained Llama and its tokenizer, LIGHTNING_COMPRESS_DATA the one that holds tinystories_sample/.
 
     python benchmarks/language_models.py --families llama gpt2 mamba --variants base dense rank50 uniform50
     python benchmarks/language_models.py --table
@@ -29,13 +29,13 @@ from lightning_compress.callbacks import SoftThresholdRank
 from lightning_compress.data import LanguageModelingData
 from lightning_compress.deploy import disk_bytes
 from lightning_compress.nn.flops import count_parameters
-from lightning_compress.report import describe_machine
+from lightning_compress.report import describe_machine, describe_versions
 from lightning_compress.tasks import CausalLanguageModel
 
-SHARED = Path(os.environ.get("LIGHTNING_COMPRESS_SHARED", "../shared"))
+DATA, LLAMA = (os.environ.get(name, "") for name in ("LIGHTNING_COMPRESS_DATA", "LIGHTNING_COMPRESS_LLAMA"))
 RESULTS = Path(__file__).parent / "results" / "language_models.jsonl"
 MODELS = Path("runs") / "benchmarks" / "language_models"
-STEPS, BLOCK, BATCH, LEARNING_RATE = 400, 128, 16, 1e-3
+STEPS, BLOCK, BATCH, LEARNING_RATE = 400, 64, 16, 1e-3
 
 TOKENS = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
 SCRATCH: dict[str, dict[str, Any]] = {
@@ -60,9 +60,9 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 def data() -> LanguageModelingData:
     """Return TinyStories in blocks of tokens; the validation file is the test part."""
-    stories = SHARED / "data" / "tinystories_sample"
+    stories = Path(DATA) / "tinystories_sample"
     return LanguageModelingData(
-        tokenizer=str(SHARED / "models" / "stories260k"),
+        tokenizer=LLAMA,
         train=str(stories / "train.txt"),
         test=str(stories / "valid.txt"),
         block_size=BLOCK,
@@ -75,7 +75,7 @@ def start_of(family: str, variant: str) -> str:
     if variant != "base":
         return str(MODELS / f"{family}-base")
     if family == "llama":
-        return str(SHARED / "models" / "stories260k")
+        return LLAMA
     folder = MODELS / f"{family}-config"
     CONFIG_MAPPING[family](**SCRATCH[family]).save_pretrained(folder)
     return str(folder)
@@ -115,6 +115,7 @@ def run(family: str, variant: str) -> dict[str, Any]:
         "weight_bytes": disk_bytes(folder),
         "commit": commit.stdout.strip(),
         "machine": describe_machine(),
+        "versions": describe_versions(),
     }
 
 
@@ -153,6 +154,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
+    if not args.table and not (DATA and LLAMA):
+        raise SystemExit("set LIGHTNING_COMPRESS_DATA and LIGHTNING_COMPRESS_LLAMA; see the head of this file")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.touch()
     for family in [] if args.table else args.families:

@@ -34,10 +34,9 @@ from lightning_compress.deploy import attach_plan, disk_bytes
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.report.latency import measure_latency
-from lightning_compress.report.machine import describe_machine
+from lightning_compress.report.machine import describe_machine, describe_versions
 from lightning_compress.tasks import TextClassifier
 
-DATA = Path(os.environ.get("LIGHTNING_COMPRESS_DATA", "../shared/data"))
 RESULTS = Path(__file__).parent / "results" / "soft_threshold_rank.jsonl"
 MODELS = Path("runs") / "benchmarks" / "soft_threshold_rank"
 
@@ -91,7 +90,10 @@ class StepClock(Callback):
 def data_of(name: str, batch_size: int = 32) -> TextClassificationData:
     """Return the data module of a task."""
     task = TASKS[name]
-    files = {part: str(DATA / name / file) for part, file in task.files.items()}
+    folder = os.environ.get("LIGHTNING_COMPRESS_DATA")
+    if folder is None:
+        raise SystemExit(f"set LIGHTNING_COMPRESS_DATA to the folder that holds {name}/ with {task.files}")
+    files = {part: str(Path(folder) / name / file) for part, file in task.files.items()}
     return TextClassificationData(
         **files,  # type: ignore[arg-type]
         text_column=task.text_column,
@@ -110,8 +112,8 @@ def train(name: str, variant: str, seed: int) -> dict[str, Any]:
         callbacks.append(SoftThresholdRank(**settings))
     trainer = Trainer(
         accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
-        callbacks=callbacks, logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
-        limit_val_batches=0, enable_progress_bar=False,
+        callbacks=callbacks, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
     )  # fmt: skip
     start = "minilm" if variant == "base" else str(MODELS / f"{name}-base-{seed}")
     module, data = TextClassifier(start, learning_rate=LEARNING_RATE), data_of(name)
@@ -177,6 +179,7 @@ def _row(name: str, variant: str, seed: int) -> dict[str, Any]:
         **budget,
         "commit": commit.stdout.strip(),
         "machine": describe_machine(),
+        "versions": describe_versions(),
     }
 
 
@@ -262,6 +265,7 @@ def print_table() -> None:
         "total",
         "FLOPs",
         "MB",
+        "commit",
     )
     for row in sorted(rows, key=lambda r: (r["task"], r["variant"], r["seed"])):
         base = dense[row["task"], row["seed"]]
@@ -270,7 +274,7 @@ def print_table() -> None:
         table.add_row(
             row["task"], row["variant"], str(row["seed"]), str(row["steps"]), f"{100 * row['accuracy']:.2f}",
             f"{100 * (row['accuracy'] - base['accuracy']):+.2f}", *(f"{v:.3f}" for v in share.values()),
-            f"{row['flops'] / base['flops']:.3f}", size,
+            f"{row['flops'] / base['flops']:.3f}", size, row["commit"],
         )  # fmt: skip
     Console().print(table)
 

@@ -41,6 +41,7 @@ print(label)
 class Outcome:
     """What one of the two runs came to."""
 
+    validation: dict[str, float]
     accuracy: float
     parameters: ParameterCount
     flops: float
@@ -72,9 +73,7 @@ def run_demo(
     console.print(
         f"[bold]2/3[/] The same with SoftThresholdRank(target_params={target_params}), {steps} steps"
     )
-    report = CompressionReport(
-        str(output / "report"), lengths=[_LENGTH], dense_metrics={"val/acc": dense.accuracy}
-    )
+    report = CompressionReport(str(output / "report"), lengths=[_LENGTH], dense_metrics=dense.validation)
     compressed = _train(
         "compressed", [method, report], steps, output, seed
     )
@@ -104,9 +103,12 @@ def _train(name: str, callbacks: list[Callback], steps: int, output: Path, seed:
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
         default_root_dir=output,
     )
     trainer.fit(module, datamodule=data)
+    validation = {name: float(trainer.callback_metrics[name]) for name in ("val/acc", "val/loss")}
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     assert module.model is not None
     folder = output / name
@@ -117,7 +119,7 @@ def _train(name: str, callbacks: list[Callback], steps: int, output: Path, seed:
         data.tokenizer.save_pretrained(folder)
     lengths = data.lengths("test")
     flops = count_flops(module.model, lengths).total / len(lengths)
-    return Outcome(metrics["test/acc"], count_parameters(module.model), flops, disk_bytes(folder), folder)
+    return Outcome(validation, metrics["test/acc"], count_parameters(module.model), flops, disk_bytes(folder), folder)
 
 
 def _gains(dense: Outcome, compressed: Outcome) -> Table:
