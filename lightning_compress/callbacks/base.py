@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -34,18 +34,25 @@ from lightning_compress.plan import CompressionPlan
 
 __all__ = ["CompressionCallback", "CompressionMixin", "attach", "convert", "detach"]
 
-_INSTANCE_HOOKS = ("training_step", "configure_optimizers")
-
 
 class CompressionMixin:
     """Inherit it before ``LightningModule`` so that ``load_from_checkpoint`` rebuilds compressed structures.
 
-    Everything else about a compressing run is added by the callbacks, for modules with and without the mixin.
+    Everything else about a compressing run is added by the callbacks, for modules with and without the mixin. A
+    subclass may have checkpoint hooks of its own; it need not call ``super()`` in them.
 
     Example:
         >>> from lightning.pytorch import LightningModule
         >>> class Classifier(CompressionMixin, LightningModule): ...
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let hooks that do not call ``super()`` do our part too."""
+        super().__init_subclass__(**kwargs)
+        for name, around in (("on_save_checkpoint", _saving), ("on_load_checkpoint", _loading)):
+            hook = getattr(cls, name)
+            if hook.__module__ != __name__:
+                setattr(cls, name, _including(hook, around))
 
     @property
     def compressor(self) -> Compressor | None:
@@ -55,17 +62,11 @@ class CompressionMixin:
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write plan and state into the checkpoint."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        session = session_of(self)
-        if session is not None:
-            session.save(checkpoint, in_batch=_is_in_batch(self))
+        _saving(self, super().on_save_checkpoint, checkpoint)  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure that the checkpoint's weights belong to, larger or smaller than now."""
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        trainer = getattr(self, "_trainer", None)
-        fitting = trainer is not None and trainer.state.fn == "fit"
-        _session(self).load(self, checkpoint, fitting=fitting)  # type: ignore[arg-type]
+        _loading(self, super().on_load_checkpoint, checkpoint)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Rebuild the structure of weights that come back from a child process."""
@@ -75,8 +76,16 @@ class CompressionMixin:
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
-class _Attached(CompressionMixin):
+class _Attached:
     """The hooks of a compressing run; combined with the user's class by :func:`attach`."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write plan and state into the checkpoint, whatever the user's hook does."""
+        _saving(self, super().on_save_checkpoint, checkpoint)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the structure of the checkpoint's weights, whatever the user's hook does."""
+        _loading(self, super().on_load_checkpoint, checkpoint)  # type: ignore[misc]
 
     def setup(self, stage: str) -> None:
         """Prepare the model if ``__init__`` or the user's ``setup`` built it."""
@@ -211,7 +220,7 @@ class CompressionCallback(Callback):
     ) -> None:
         """Write plan and state where the module does not: after fit, when it has its own class back."""
         session = session_of(pl_module)
-        if session is not None and CHECKPOINT_KEY not in checkpoint:
+        if session is not None:
             session.save(checkpoint, in_batch=_is_in_batch(pl_module))
 
     @override
@@ -227,7 +236,7 @@ def attach(module: LightningModule) -> Session:
     if _Attached not in cls.__bases__:
         # A private name: command lines look classes up by their public short names.
         module.__class__ = type(f"_Compressing{cls.__name__}", (_Attached, cls), {"__doc__": cls.__doc__})
-        for name in _INSTANCE_HOOKS:
+        for name in _WRAPPERS:
             if name in vars(module):
                 session.instance_hooks[name] = vars(module)[name]
                 inner = session.instance_hooks[name]
@@ -289,7 +298,41 @@ def _configure_optimizers(module: Any, inner: Any) -> Any:
     return repair_optimizers(inner(), _compressor(module))
 
 
-_WRAPPERS = {"training_step": _training_step, "configure_optimizers": _configure_optimizers}
+def _saving(module: Any, inner: Any, checkpoint: dict[str, Any]) -> None:
+    inner(checkpoint)
+    session = session_of(module)
+    if session is not None:
+        session.save(checkpoint, in_batch=_is_in_batch(module))
+
+
+def _loading(module: Any, inner: Any, checkpoint: dict[str, Any]) -> None:
+    """Load once, where the innermost of our hooks is reached, or at the end if the user's calls none of them."""
+    session, trainer = _session(module), getattr(module, "_trainer", None)
+    session.unread = checkpoint
+    try:
+        inner(checkpoint)
+        if session.unread is not None:
+            fitting = trainer is not None and trainer.state.fn == "fit"
+            session.load(module, checkpoint, fitting=fitting)
+    finally:
+        session.unread = None
+
+
+def _including(hook: Any, around: Any) -> Any:
+    @wraps(hook)
+    def method(self: Any, checkpoint: dict[str, Any]) -> None:
+        around(self, partial(hook, self), checkpoint)
+
+    method.__module__ = __name__  # a subclass of the subclass need not be told again
+    return method
+
+
+_WRAPPERS = {
+    "training_step": _training_step,
+    "configure_optimizers": _configure_optimizers,
+    "on_save_checkpoint": _saving,
+    "on_load_checkpoint": _loading,
+}
 
 
 def _builds_later(module: Any) -> bool:

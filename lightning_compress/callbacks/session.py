@@ -51,6 +51,8 @@ class Session:
     random: RandomStream = field(default_factory=RandomStream)
     stepped_auxiliary: bool = False
     instance_hooks: dict[str, Any] = field(default_factory=dict)
+    unread: Mapping[str, Any] | None = None
+    """The checkpoint that hooks are being called with, until :meth:`load` has read it."""
     _trainer: weakref.ref[Trainer] | None = None
 
     def register(self, trainer: Trainer, config: MethodConfig, module_path: str | None) -> None:
@@ -108,8 +110,8 @@ class Session:
             compressor.prepare()
 
     def save(self, checkpoint: dict[str, Any], *, in_batch: bool) -> None:
-        """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors."""
-        if self.compressor is None or not self.compressor.plan.methods:
+        """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors, once."""
+        if self.compressor is None or not self.compressor.plan.methods or CHECKPOINT_KEY in checkpoint:
             return
         checkpoint[CHECKPOINT_KEY] = {
             "schema": _SCHEMA,
@@ -126,6 +128,7 @@ class Session:
             PlanError: If the checkpoint was written by a newer schema.
             ValueError: If fitting is to resume from a checkpoint that was written without compression.
         """
+        self.unread = None
         data = checkpoint.get(CHECKPOINT_KEY)
         if data is None:
             self._load_dense(fitting)

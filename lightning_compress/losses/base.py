@@ -25,15 +25,13 @@ class TermSource(Protocol):
 class LossMixin:
     """Gives a module access to the compression terms of the current step."""
 
-    compressor: TermSource | None
-
     def compression_terms(self, stem: str | None = None) -> Mapping[str, Tensor]:
         """Return the weighted scalar loss terms by name (``<stem>/<term>``), of one method or of all.
 
         Raises:
             RuntimeError: If no compression callback is active on this module.
         """
-        compressor = getattr(self, "compressor", None)
+        compressor: TermSource | None = getattr(vars(self).get("_compression"), "compressor", None)
         if compressor is None:
             raise RuntimeError(
                 f"{type(self).__name__} asks for compression terms, but no compression callback is active: add one, "

@@ -213,6 +213,21 @@ def test_a_loss_mixin_without_a_callback_says_which_callback_to_add() -> None:
         toy_trainer().fit(Own(), toy_loader())
 
 
+def test_an_attribute_of_the_users_named_compressor_stays_his() -> None:
+    class Own(SoftThresholdRankLossMixin, ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.compressor = nn.Linear(2, 1)
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            task = super().training_step(batch, batch_idx)
+            return self.total_loss(task) + self.compressor(torch.ones(1, 2)).square().sum()
+
+    module = Own()
+    toy_trainer(callbacks=[ranks_callback()]).fit(module, toy_loader())
+    assert linear_parameters(module) <= 0.5 * DENSE_LINEAR
+
+
 def test_sharding_strategies_are_refused_with_the_remedy() -> None:
     trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(ValueError, match="strategy='ddp'"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
@@ -110,6 +110,69 @@ def test_a_mixed_module_is_tested_without_the_callback(tmp_path: Path) -> None:
     module = Mixed()
     toy_trainer().test(module, toy_loader(8), ckpt_path=tmp_path / "converted.ckpt", verbose=False)
     assert structure(module) == "converted" and holds_weights_of(module, tmp_path / "converted.ckpt")
+
+
+class Silent(CompressionMixin, ToyModule):
+    """Its hooks know nothing of ``super()``."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.mine = checkpoint["mine"]
+
+
+class SilentToo(Silent):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.form_after_super = structure(self)
+
+
+class Helper(LightningModule):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.mine = checkpoint["mine"]
+
+
+class MixedLast(Helper, ToyModule, CompressionMixin):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+
+@pytest.mark.parametrize("kind", [Silent, SilentToo, MixedLast])
+def test_checkpoint_hooks_need_not_call_super(kind: type[ToyModule], tmp_path: Path) -> None:
+    fitted(tmp_path, kind())
+    for name, form in (("step=3", "training"), ("converted", "converted")):
+        module = kind.load_from_checkpoint(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert structure(module) == form and holds_weights_of(module, tmp_path / f"{name}.ckpt")
+        assert module.mine == 1  # type: ignore[attr-defined]
+        assert getattr(module, "form_after_super", form) == form
+
+
+class AtTheFirstStep(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        compressor = pl_module.__dict__["_compression"].compressor
+        self.phase = getattr(self, "phase", compressor.handles["soft_threshold_rank"].phase)
+
+
+class HooksOfTheInstance(ToyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_save_checkpoint = self.on_load_checkpoint = lambda checkpoint: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [Silent, HooksOfTheInstance])
+def test_a_run_of_a_module_with_hooks_of_its_own_resumes_in_its_phase(
+    kind: type[ToyModule], tmp_path: Path
+) -> None:
+    settings = {"warmup": 0.1, "search_end": 0.9, "target_params": 0.3}
+    saves = ModelCheckpoint(tmp_path, filename="search", every_n_train_steps=4)
+    toy_trainer(callbacks=[ranks(**settings), saves], enable_checkpointing=True).fit(kind(), toy_loader())
+    start = AtTheFirstStep()
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        toy_trainer(callbacks=[ranks(**settings), start]).fit(
+            kind(), toy_loader(), ckpt_path=tmp_path / "search.ckpt"
+        )
+    assert start.phase == "search"
 
 
 def test_a_checkpoint_of_weights_only_is_tested_and_loaded(tmp_path: Path) -> None:
