@@ -272,7 +272,7 @@ def convert(module: LightningModule) -> CompressionPlan:
     attach_plan(compressor.model, plan)
     trainer = getattr(module, "_trainer", None)
     if trainer is not None:  # a checkpoint written from here on holds optimizers that fit the model
-        repair_optimizers(trainer.optimizers, compressor)
+        repair_optimizers(trainer.optimizers, compressor, module)
     compressor.forget_stale()
     return plan
 
@@ -295,7 +295,7 @@ def _training_step(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _configure_optimizers(module: Any, inner: Any) -> Any:
-    return repair_optimizers(inner(), _compressor(module))
+    return repair_optimizers(inner(), _compressor(module), module)
 
 
 def _saving(module: Any, inner: Any, checkpoint: dict[str, Any]) -> None:

@@ -26,20 +26,26 @@ def optimizers_in(configured: Any) -> Iterator[Optimizer]:
             yield from optimizers_in(item)
 
 
-def repair_optimizers(configured: Any, compressor: Compressor) -> Any:
+def repair_optimizers(configured: Any, compressor: Compressor, module: nn.Module) -> Any:
     """Edit groups in place: stale parameters give way to their successors, auxiliary ones leave.
 
-    Editing in place keeps learning-rate schedulers valid: the number of groups and their options stay the same.
+    Editing in place keeps learning-rate schedulers valid (the number of groups and their options stay the same), and
+    optimizers like LBFGS that hold on to the list of the first group.
     """
     successors = compressor.successors()
     auxiliary = {id(p) for p in compressor.auxiliary_parameters()}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     for optimizer in optimizers_in(configured):
         placed = {id(p) for group in optimizer.param_groups for p in group["params"]} | auxiliary
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in successors:
                     optimizer.state.pop(parameter, None)
-            group["params"] = list(_live(group["params"], successors, auxiliary, placed))
+            given = group.get("param_names", [""] * len(group["params"]))
+            live = list(_live(zip(group["params"], given, strict=True), successors, auxiliary, placed))
+            group["params"][:] = [parameter for parameter, _ in live]
+            if "param_names" in group:
+                group["param_names"] = [_renamed(names.get(id(p), name), name) for p, name in live]
     return configured
 
 
@@ -72,16 +78,25 @@ def check_every_parameter_is_optimized(
 
 
 def _live(
-    parameters: Iterable[nn.Parameter], successors: dict[int, list[nn.Parameter]], auxiliary: set[int], placed: set[int]
-) -> Iterator[nn.Parameter]:
-    for parameter in parameters:
+    parameters: Iterable[tuple[nn.Parameter, str]],
+    successors: dict[int, list[nn.Parameter]],
+    auxiliary: set[int],
+    placed: set[int],
+) -> Iterator[tuple[nn.Parameter, str]]:
+    for parameter, name in parameters:
         if id(parameter) in successors:
             for heir in successors[id(parameter)]:
                 if id(heir) not in placed:
                     placed.add(id(heir))
-                    yield heir
+                    yield heir, name
         elif id(parameter) not in auxiliary:
-            yield parameter
+            yield parameter, name
+
+
+def _renamed(full: str, before: str) -> str:
+    """Return the full name, from where the user's own naming of the same layer begins."""
+    at = full.rfind(before.rpartition(".")[0])
+    return full[max(at, 0) :] if "." in before else full
 
 
 def _some(names: list[str]) -> str:

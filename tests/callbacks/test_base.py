@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
@@ -112,6 +112,45 @@ def test_an_optimizer_bound_before_surgery_trains_the_new_parameters() -> None:
     assert {id(layer.u_OM), id(layer.sigma_M), id(layer.v_MI), id(layer.bias)} <= held
     assert id(layer.alpha) not in held
     assert not torch.equal(layer.u_OM.abs(), first.abs())
+
+
+@pytest.mark.parametrize("of", ["module", "model"])
+def test_names_in_an_optimizer_follow_its_parameters(of: str) -> None:
+    class Named(ToyModule):
+        def configure_optimizers(self) -> Any:
+            owner = self if of == "module" else self.model
+            return torch.optim.AdamW(owner.named_parameters(), lr=1e-3)
+
+    class Compares(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            owner = pl_module if of == "module" else pl_module.model
+            group = trainer.optimizers[0].param_groups[0]
+            named = dict(owner.named_parameters())
+            assert len(group["param_names"]) == len(group["params"])
+            pairs = zip(group["param_names"], group["params"], strict=True)
+            assert all(named[name] is parameter for name, parameter in pairs)
+
+        on_fit_end = on_train_start
+
+    module = Named()
+    toy_trainer(callbacks=[ranks_callback(), Compares()]).fit(module, toy_loader())
+    assert any(isinstance(m, LowRankLinear) for m in module.modules())
+
+
+def test_an_optimizer_that_keeps_a_list_of_its_own_trains_the_new_parameters() -> None:
+    class Newton(ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer
+
+    module = Newton()
+    toy_trainer(callbacks=[ranks_callback(convert=False)]).fit(module, toy_loader())
+    assert {id(p) for p in module.optimizer._params} == {
+        id(p) for name, p in module.named_parameters() if not name.endswith("alpha")
+    }
 
 
 class ForgetsTheHead(ToyModule):
