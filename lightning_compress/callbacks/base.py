@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_compress.callbacks.optimizers import check_every_parameter_is_optimized, repair_optimizers
+from lightning_compress.callbacks.manual import add_gradients, trains_compressed_layers
+from lightning_compress.callbacks.optimizers import (
+    check_every_parameter_is_optimized,
+    forget_curvature,
+    repair_optimizers,
+)
 from lightning_compress.callbacks.session import (
     CHECKPOINT_KEY,
     Session,
@@ -115,44 +121,61 @@ class _Attached:
     def on_train_start(self) -> None:
         """Check optimizers and schedule before an epoch is spent."""
         super().on_train_start()  # type: ignore[misc]
-        compressor = _compressor(self)
+        compressor, session = _compressor(self), _session(self)
         check_every_parameter_is_optimized(self, self.trainer.optimizers, compressor.auxiliary_parameters())  # type: ignore[attr-defined,arg-type]
         training_progress(self.trainer, self, 0)  # type: ignore[attr-defined,arg-type]
         compressor.forget_stale()
+        session.last_step = session.logged_phases = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Move ramps and phases at the start of each optimizer step."""
         session, trainer = _session(self), self.trainer  # type: ignore[attr-defined]
         session.random.start_batch(batch_idx)
+        is_first = session.last_step is None
+        if self.automatic_optimization:  # type: ignore[attr-defined]
+            is_new_step = session.last_step != trainer.global_step
+        else:  # the optimizers that step may be none of ours, or none at all while gradients accumulate
+            is_new_step = session.stepped_auxiliary
         session.stepped_auxiliary = False
-        if session.last_step != trainer.global_step or not self.automatic_optimization:  # type: ignore[attr-defined]
+        if is_first or is_new_step:
             session.last_step = trainer.global_step
-            compressor = _compressor(self)
-            compressor.update(training_progress(trainer, self, batch_idx))  # type: ignore[arg-type]
-            compressor.clear_stale_moments(trainer.optimizers)
+            session.owes_terms = True
+            self._update(batch_idx)
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+
+    def _update(self, batch_idx: int) -> None:
+        session, compressor, trainer = _session(self), _compressor(self), self.trainer  # type: ignore[attr-defined]
+        session.progress = training_progress(trainer, self, batch_idx)  # type: ignore[arg-type]
+        before = session.phases
+        compressor.update(session.progress)
+        compressor.clear_stale_moments(trainer.optimizers)
+        if session.phases != before:
+            forget_curvature(trainer.optimizers)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Add the compression terms to the user's loss."""
         return _training_step(self, super().training_step, *args, **kwargs)  # type: ignore[misc]
 
     def on_before_backward(self, loss: torch.Tensor) -> None:
-        """Under manual optimization, where the returned loss is ignored, add the terms to the loss in place."""
+        """Under manual optimization, where the returned loss is ignored, add the terms' gradients once per step."""
         super().on_before_backward(loss)  # type: ignore[misc]
-        if not self.automatic_optimization:  # type: ignore[attr-defined]
-            terms = _session(self).remaining_terms()
-            if terms:
-                scaler = _scaler(self)
-                scale = 1.0 if scaler is None else scaler.get_scale()
-                loss.add_(sum(terms.values()) * scale)
+        session = _session(self)
+        if not self.automatic_optimization and session.owes_terms:  # type: ignore[attr-defined]
+            session.owes_terms = False
+            scaler = _scaler(self)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            terms = session.remaining_terms()
+            session.terms = {name: term.detach() for name, term in terms.items()}
+            add_gradients(terms.values(), self.parameters(), scale)  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step the auxiliary parameters along with the user's."""
+        """Step the auxiliary parameters along with the user's optimizer of the compressed layers, once a batch."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
-        session = _session(self)
-        if not session.stepped_auxiliary:
+        session, compressor = _session(self), _compressor(self)
+        optimizers = self.trainer.optimizers  # type: ignore[attr-defined]
+        if not session.stepped_auxiliary and trains_compressed_layers(optimizer, optimizers, compressor):
             session.stepped_auxiliary = True
-            _compressor(self).step(scaler=_scaler(self))
+            compressor.step(scaler=_scaler(self))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the random state with which training goes on."""
@@ -183,7 +206,12 @@ class CompressionCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """The method and its settings, which define what this callback is."""
+        """The method and its settings.
+
+        Lightning wants keys that differ when the trainer is made, before we can say what is wrong with the same method
+        twice. So settings are part of it, and on resuming with changed ones Lightning warns that a callback is
+        missing. Nothing is lost: the module's part of the checkpoint, not the callback's, holds what matters.
+        """
         return f"lightning_compress.{self.config.stem}.{json.dumps(self.config.to_dict(), sort_keys=True)}"
 
     @override
@@ -203,8 +231,17 @@ class CompressionCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert the model, once for all methods."""
         session = session_of(pl_module)
-        compressor = None if session is None else session.compressor
-        if self.convert_at_end and compressor is not None and compressor.is_prepared:
+        if session is None or session.compressor is None or not session.compressor.is_prepared:
+            return
+        if self.convert_at_end:
+            if not session.compressor.is_on_target and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                done = max(session.progress, training_progress(trainer, pl_module, 0))
+                rank_zero_warn(
+                    f"training ended in phase {' + '.join(session.phases)}, after {done:.0%} of its planned length: "
+                    "the model is now cut down to its target without any training afterwards, and may be much "
+                    "worse for it. Train longer (was it stopped early?), lower search_end so that recovery begins "
+                    "sooner, or pass convert=False and resume from a checkpoint"
+                )
             convert(pl_module)
 
     @override
@@ -278,16 +315,16 @@ def convert(module: LightningModule) -> CompressionPlan:
 
 
 def _training_step(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    compressor = _compressor(module)
+    session, compressor = _session(module), _compressor(module)
     compressor.begin_step()
     output = inner(*args, **kwargs)
     if not module.automatic_optimization or output is None:
         return output
     terms = compressor.take_loss_terms()
+    session.terms = {name: term.detach() for name, term in terms.items()}
     if not module.trainer.barebones:
-        module.log_dict(
-            {**{f"compress/{name}": t.detach() for name, t in terms.items()}, **compressor.metrics()}
-        )
+        numbers = compressor.metrics() if session.is_logging_due(module.trainer) else {}
+        module.log_dict({f"compress/{name}": term for name, term in session.terms.items()} | numbers)
     extra = sum(terms.values())
     if isinstance(output, Mapping):
         return {**output, "loss": output["loss"] + extra}

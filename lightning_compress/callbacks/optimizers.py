@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_compress.compressor import Compressor
 
-__all__ = ["check_every_parameter_is_optimized", "optimizers_in", "repair_optimizers"]
+__all__ = ["check_every_parameter_is_optimized", "forget_curvature", "optimizers_in", "repair_optimizers"]
 
 _NAMED_AT_MOST = 5
 
@@ -75,6 +75,13 @@ def check_every_parameter_is_optimized(
             f"{len(double)} trainable parameters are in more than one optimizer group: {_some(double)}. Keep each in "
             "one group of one optimizer"
         )
+
+
+def forget_curvature(optimizers: Iterable[Optimizer]) -> None:
+    """Let LBFGS, whose state is of all parameters together, start anew after some changed their meaning."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            optimizer.state.clear()
 
 
 def _live(

@@ -49,7 +49,16 @@ class Session:
     compressor: Compressor | None = None
     last_step: int | None = None
     random: RandomStream = field(default_factory=RandomStream)
+    progress: float = 0.0
+    """Share of training done at the last update."""
     stepped_auxiliary: bool = False
+    """Whether the auxiliary parameters stepped in the running batch."""
+    owes_terms: bool = True
+    """Whether the loss terms of the coming auxiliary step are still to be added; for manual optimization."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Loss terms that were added to the user's loss last."""
+    logged_phases: tuple[str, ...] | None = None
+    """Phases in which sizes and ranks were logged last."""
     instance_hooks: dict[str, Any] = field(default_factory=dict)
     unread: Mapping[str, Any] | None = None
     """The checkpoint that hooks are being called with, until :meth:`load` has read it."""
@@ -80,6 +89,17 @@ class Session:
     def is_of(self, trainer: Trainer) -> bool:
         """Whether the callbacks that registered here are this trainer's."""
         return self._trainer is not None and self._trainer() is trainer
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phase of each method."""
+        return () if self.compressor is None else tuple(h.phase for h in self.compressor.handles.values())
+
+    def is_logging_due(self, trainer: Trainer) -> bool:
+        """Whether to log sizes and ranks, which cost a wait for the device: at new phases and as often as loggers."""
+        every, is_new = trainer.log_every_n_steps, self.phases != self.logged_phases  # type: ignore[attr-defined]
+        self.logged_phases = self.phases
+        return is_new or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def connect(self, module: LightningModule) -> Compressor:
         """Return the compressor of the module's transformer, created at the first call.
@@ -160,7 +180,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the trainer out of copies: the copy of a module is of no run."""
-        return {**vars(self), "_trainer": None}
+        return {**vars(self), "_trainer": None, "terms": {}}
 
     def remaining_terms(self) -> dict[str, Tensor]:
         """Loss terms that nobody took in this step."""
@@ -232,21 +252,22 @@ def check_launcher(trainer: Trainer, module_class: type, mixin: type) -> None:
 
 
 def training_progress(trainer: Trainer, module: LightningModule, batch_idx: int) -> float:
-    """Return how much of training is done, in [0, 1].
+    """Return how much of training is done, in [0, 1]; where steps and epochs end it, by whichever is nearer.
 
     Raises:
         ValueError: If the trainer has no end in steps or epochs.
     """
     if module.automatic_optimization:
-        done, total = float(trainer.global_step), float(trainer.estimated_stepping_batches)
-    elif trainer.max_epochs is not None and trainer.max_epochs > 0:
-        batches = float(trainer.num_training_batches)
-        done, total = trainer.current_epoch * batches + batch_idx, trainer.max_epochs * batches
+        spans = [(float(trainer.global_step), float(trainer.estimated_stepping_batches))]
     else:
-        done, total = float(trainer.global_step), float(trainer.max_steps)
-    if not math.isfinite(total) or total < 0:
+        batches = float(trainer.num_training_batches)
+        done, epochs = trainer.current_epoch * batches + batch_idx, trainer.max_epochs
+        spans = [(float(trainer.global_step), float(trainer.max_steps))]
+        spans.append((done, -1.0 if epochs is None else epochs * batches))
+    shares = [done / total if total else 1.0 for done, total in spans if math.isfinite(total) and total >= 0]
+    if not shares:
         raise ValueError(
             "compression schedules need to know how long training takes: set max_steps, or max_epochs with a data "
             "loader that has a length"
         )
-    return min(done / total, 1.0) if total else 1.0
+    return min(max(shares), 1.0)

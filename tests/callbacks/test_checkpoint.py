@@ -24,7 +24,9 @@ def test_best_is_chosen_only_among_models_on_target(tmp_path: Path) -> None:
 
 def test_a_run_that_never_meets_the_target_says_that_nothing_was_saved(tmp_path: Path) -> None:
     gated = CompressedModelCheckpoint(dirpath=tmp_path / "gated", monitor="val/loss")
-    method = SoftThresholdRank(target_params=0.5, rank_multiple=4, search_end=1.0, threshold_lr=1e-9)
+    method = SoftThresholdRank(
+        target_params=0.5, rank_multiple=4, search_end=1.0, threshold_lr=1e-9, convert=False
+    )
     trainer = toy_trainer(callbacks=[gated, method], max_epochs=1, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="saved nothing"):
         trainer.fit(ToyModule(), toy_loader(8), toy_loader(8))

@@ -96,6 +96,25 @@ def test_ranks_stay_equal_and_the_caller_holds_the_converted_model(
         assert torch.equal(again(batch["input_ids"]).logits, module.model.eval()(batch["input_ids"]).logits)
 
 
+class ManualMixed(Mixed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_ranks_stay_equal_under_manual_optimization() -> None:
+    module = ManualMixed()
+    two_processes(callbacks=[ranks(convert=False), SameOnAllRanks()]).fit(module, toy_loader(64))
+    layers = [m for m in module.modules() if isinstance(m, SoftThresholdLinear)]
+    assert layers and all(float(layer.alpha.detach()) > 0 for layer in layers)
+
+
 @pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_the_caller_gets_the_training_form_back_too(start_method: str) -> None:
     module = Mixed()

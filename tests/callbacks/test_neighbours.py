@@ -49,12 +49,15 @@ def ranks(**settings: Any) -> SoftThresholdRank:
     return SoftThresholdRank(**{"target_params": 0.5, "rank_multiple": 4, **settings})
 
 
-def fit(*callbacks: Callback, batch_size: int = 4, **settings: Any) -> tuple[Tunable, Texts]:
+def fit(
+    *callbacks: Callback, batch_size: int = 4, method: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Tunable, Texts]:
     torch.manual_seed(0)
     module, data = Tunable(hidden_dropout_prob=0.1), Texts(batch_size)
     checkpoints = any(isinstance(c, LearningRateFinder | BatchSizeFinder) for c in callbacks)
+    method = ranks(**method or {})
     trainer = toy_trainer(
-        callbacks=[*callbacks, ranks()], max_epochs=2, enable_checkpointing=checkpoints, **settings
+        callbacks=[*callbacks, method], max_epochs=2, enable_checkpointing=checkpoints, **settings
     )
     trainer.fit(module, datamodule=data)
     return module, data
@@ -96,6 +99,22 @@ def test_averaging_is_refused_while_compressing_and_works_afterwards(averaging: 
 def test_early_stopping_ends_in_a_converted_model() -> None:
     module, _ = fit(EarlyStopping("train/loss", patience=0, min_delta=1e9, check_on_train_epoch_end=True))
     assert any(isinstance(m, LowRankLinear) for m in module.modules())
+
+
+class Stops(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(("step", "said"), [(1, "phase warmup, after 6%"), (4, "phase search, after 25%")])
+def test_a_run_stopped_before_recovery_says_that_the_model_had_none(step: int, said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        fit(Stops(step), method={"search_end": 0.9, "target_params": 0.3})
+    module, _ = fit(Stops(step), method={"convert": False})
+    assert any(isinstance(m, SoftThresholdLinear) for m in module.modules())
 
 
 class FailsOnceError(RuntimeError): ...
@@ -195,4 +214,4 @@ def test_a_run_that_diverges_says_so() -> None:
             return super().training_step(batch, batch_idx) * float("inf")
 
     with pytest.raises(ValueError, match="not finite"):
-        toy_trainer(callbacks=[ranks(warmup=0.3)]).fit(Diverges(), toy_loader())
+        toy_trainer(callbacks=[ranks(warmup=0.2)]).fit(Diverges(), toy_loader())

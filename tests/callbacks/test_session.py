@@ -164,7 +164,7 @@ class HooksOfTheInstance(ToyModule):
 def test_a_run_of_a_module_with_hooks_of_its_own_resumes_in_its_phase(
     kind: type[ToyModule], tmp_path: Path
 ) -> None:
-    settings = {"warmup": 0.1, "search_end": 0.9, "target_params": 0.3}
+    settings = {"warmup": 0.1, "search_end": 0.9, "target_params": 0.3, "convert": False}
     saves = ModelCheckpoint(tmp_path, filename="search", every_n_train_steps=4)
     toy_trainer(callbacks=[ranks(**settings), saves], enable_checkpointing=True).fit(kind(), toy_loader())
     start = AtTheFirstStep()

@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_compress.callbacks import SoftThresholdRank
+from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankHandle
 from tests.toys import ToyModule, toy_loader, toy_trainer
 
 PREFIX = "compress/soft_threshold_rank"
@@ -26,7 +27,7 @@ class Watch(Callback):
 def test_the_course_of_compression_is_logged() -> None:
     watch = Watch()
     method = SoftThresholdRank(target_params=0.5, rank_multiple=4)
-    toy_trainer(callbacks=[method, watch], max_steps=12).fit(ToyModule(), toy_loader())
+    toy_trainer(callbacks=[method, watch], max_steps=12, log_every_n_steps=1).fit(ToyModule(), toy_loader())
     ratios = [step[f"{PREFIX}/size_ratio"] for step in watch.seen]
     assert ratios[0] == 1.0 and ratios[-1] <= 0.5 and ratios == sorted(ratios, reverse=True)
     thresholds = [step[f"{PREFIX}/threshold"] for step in watch.seen]
@@ -35,13 +36,28 @@ def test_the_course_of_compression_is_logged() -> None:
     assert {f"{PREFIX}/rank_ratio", "train/loss"} <= set(watch.seen[0])
 
 
+def test_sizes_are_counted_as_often_as_loggers_write_and_at_each_new_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = []
+    metrics = SoftThresholdRankHandle.metrics
+    monkeypatch.setattr(
+        SoftThresholdRankHandle, "metrics", lambda self: counted.append(self.phase) or metrics(self)
+    )
+    method = SoftThresholdRank(target_params=0.5, rank_multiple=4)
+    trainer = toy_trainer(callbacks=[method], max_steps=12, log_every_n_steps=12)
+    trainer.fit(ToyModule(), toy_loader())
+    assert counted == ["warmup", "search", "recovery", "recovery"]
+    assert 0.4 < float(trainer.callback_metrics[f"{PREFIX}/size_ratio"]) <= 0.5
+
+
 @pytest.mark.parametrize(
     "settings", [{"regularizer": "exp"}, {"allocation": "uniform"}, {"init": "svd"}, {"relative": True}]
 )
 def test_every_way_to_compress_reaches_the_target(settings: dict[str, Any]) -> None:
     watch = Watch()
     method = SoftThresholdRank(target_params=0.5, rank_multiple=4, **settings)
-    toy_trainer(callbacks=[method, watch], max_steps=12).fit(ToyModule(), toy_loader())
+    toy_trainer(callbacks=[method, watch], max_steps=12, log_every_n_steps=1).fit(ToyModule(), toy_loader())
     assert 0.4 < watch.seen[-1][f"{PREFIX}/size_ratio"] <= 0.5
 
 
