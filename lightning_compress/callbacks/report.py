@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from lightning_compress.report import (
 )
 
 __all__ = ["CompressionReport"]
+
+_LOSS = re.compile(r"(^|[/_])loss($|[/_])")
+_METRIC = re.compile(r"^val[/_]")
 
 
 class CompressionReport(Callback):
@@ -86,15 +90,17 @@ class CompressionReport(Callback):
         if compressor is None or self._dense is None or not compressor.is_prepared or not is_due:
             return
         scopes, dense_flops = self._dense
+        sizes = [value for name, value in compressor.metrics().items() if name.endswith("/size_ratio")]
+        size = sizes[0] if len(sizes) == 1 else count_parameters(compressor.model).linear / scopes.linear
         self._steps.append(
             StepRecord(
                 step=step,
                 progress=training_progress(trainer, pl_module, batch_idx + 1),
                 phase=" + ".join(handle.phase for handle in compressor.handles.values()),
-                size_ratio=count_parameters(compressor.model).linear / scopes.linear,
+                size_ratio=size,
                 flops_ratio=count_flops(compressor.model, self.lengths).total / dense_flops,
                 ranks={name: m.rank for name, m in _ranked(compressor.model)},
-                loss=_numbers(trainer.callback_metrics, "loss"),
+                loss=_numbers(trainer.callback_metrics, _LOSS) | _terms_of(pl_module),
             )
         )
 
@@ -117,7 +123,7 @@ class CompressionReport(Callback):
             target={name: value for name, value in settings.items() if name.startswith("target_")},
             steps=self._steps,
             final=self._final(compressor) if compressor.is_converted else None,
-            metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, "val")},
+            metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, _METRIC)},
             machine=describe_machine(),
             versions=describe_versions(),
         )
@@ -165,6 +171,12 @@ def _ranked(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "rank", None), int)]
 
 
-def _numbers(metrics: Mapping[str, Any], word: str) -> dict[str, float]:
-    numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in metrics.items()}
-    return {name: value for name, value in numbers.items() if word in name}
+def _terms_of(module: LightningModule) -> dict[str, float]:
+    session = session_of(module)
+    terms = {} if session is None else session.terms
+    return {f"compress/{name}": float(term.detach()) for name, term in terms.items()}
+
+
+def _numbers(metrics: Mapping[str, Any], wanted: re.Pattern[str]) -> dict[str, float]:
+    numbers = {name: value for name, value in metrics.items() if wanted.search(name)}
+    return {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in numbers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,30 @@ def test_a_run_leaves_a_report_that_agrees_with_the_model(tmp_path: Path, report
     assert data["metrics"]["dense"] == {"val/loss": 0.6} and "val/loss" in data["metrics"]["compressed"]
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
     assert render_run(tmp_path) == tmp_path / "report" / "report.html"
+
+
+class LogsMuch(ToyModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_dict({"interval": 1.0, "glossary": 1.0, "train_loss": 1.0, "compress/other": 1.0})
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"val_acc": 0.5, "evaluations": 1.0})
+
+
+def test_only_losses_and_terms_are_losses_and_only_validation_is_a_metric(tmp_path: Path) -> None:
+    method = SoftThresholdRank(target_params=0.5, rank_multiple=4, exclude=["*layer.0*"], threshold_lr=1e-9)
+    report = CompressionReport(str(tmp_path), lengths=[6], every_n_steps=1)
+    trainer = toy_trainer(callbacks=[method, report], max_epochs=2, log_every_n_steps=1)
+    trainer.fit(LogsMuch(), toy_loader(), toy_loader())
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert set(data["metrics"]["compressed"]) == {"val_acc"}
+    term = "compress/soft_threshold_rank/size_over_budget"
+    losses = {step["phase"]: set(step["loss"]) for step in data["steps"]}
+    assert losses["search"] == {"train_loss", "train/loss", term}
+    assert losses["warmup"] == losses["recovery"] == {"train_loss", "train/loss"}
+    logged = float(trainer.callback_metrics["compress/soft_threshold_rank/size_ratio"])
+    assert data["steps"][-1]["size_ratio"] == pytest.approx(logged, rel=1e-6)
 
 
 def test_a_report_without_a_method_says_that_it_is_empty(tmp_path: Path) -> None:
