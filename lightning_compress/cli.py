@@ -13,17 +13,20 @@ import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
 from typing_extensions import override
 
 from lightning_compress import __version__
 from lightning_compress.callbacks import CompressedModelCheckpoint, CompressionReport, SoftThresholdRank
+from lightning_compress.callbacks.session import session_of
 from lightning_compress.data import LanguageModelingData, TextClassificationData
 from lightning_compress.demo import run_demo
 from lightning_compress.deploy import plan_of, save_pretrained
@@ -82,14 +85,32 @@ class CompressionCLI(LightningCLI):
             parser.link_arguments("data", f"model.init_args.{name}", _reader(name), apply_on="instantiate")
 
     def after_fit(self) -> None:
-        """Save a converted model, its tokenizer and its card."""
-        model = getattr(self.model, "model", None)
-        if model is None or not self.trainer.is_global_zero or plan_of(model) is None:
+        """Save a converted model, its tokenizer and its card, or say why there is none."""
+        root = self.trainer.log_dir or self.trainer.default_root_dir  # asks all ranks
+        output = self._get(self.config, "output")
+        folder = Path(output or Path(root) / "model")
+        if not self.trainer.is_global_zero:
             return
-        root = self.trainer.log_dir or self.trainer.default_root_dir
-        folder = Path(self._get(self.config, "output") or Path(root) / "model")
-        save_pretrained(model, folder, tokenizer=getattr(self.datamodule, "tokenizer", None))
-        print(f"The compressed model is in {folder}")
+        session = session_of(self.model)
+        compressor = None if session is None else session.compressor
+        if compressor is not None and not compressor.is_converted:
+            print(
+                f"Nothing is saved in {folder}: the model is in training form. Leave convert=False out to convert it"
+            )
+            return
+        model = self.model if compressor is None else compressor.model
+        if _is_compressed(model):
+            save_pretrained(model, folder, tokenizer=getattr(self.datamodule, "tokenizer", None))
+            print(f"The compressed model is in {folder}")
+        elif output is not None:
+            print(f"Nothing is saved in {folder}: no compression callback is in trainer.callbacks")
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    try:
+        return plan_of(module) is not None
+    except ValueError:  # no transformer inside, or more than one
+        return False
 
 
 def _reader(name: str) -> Any:
@@ -169,19 +190,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] in _OWN:
         make_parser, run = _OWN[words[0]]
         args = make_parser().parse_args(words[1:])
-        try:
+        with _one_line_for_what_the_user_can_mend():
             run(args)
-        except (ValueError, FileNotFoundError) as error:
-            sys.exit(f"error: {error}")
         return
-    CompressionCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        args=arguments if arguments is None else words,
-    )
+    with _one_line_for_what_the_user_can_mend():
+        CompressionCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            args=arguments if arguments is None else words,
+        )
+
+
+@contextmanager
+def _one_line_for_what_the_user_can_mend() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        is_wrapped = str(error).startswith("Call to compute_fn of link")  # jsonargparse's, around any error
+        cause = error.__cause__ if is_wrapped else error
+        if not isinstance(cause, ValueError | FileNotFoundError):
+            raise
+        sys.exit(f"error: {cause}")
 
 
 if __name__ == "__main__":

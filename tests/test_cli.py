@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_compress import load, plan_of
 from lightning_compress.cli import CompressionCLI, main
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from tests.tiny_pretrained import save_tiny_encoder
 from tests.tiny_texts import save_tiny_reviews
+from tests.toys import tiny_bert, toy_loader
 
 pytestmark = [
     # Lightning's own use of jsonargparse
@@ -130,8 +132,80 @@ def test_settings_of_a_callback_can_be_overridden_on_the_command_line(
     assert plan is not None and plan.methods[0].config["target_params"] == 0.6
 
 
-def test_a_dense_run_saves_no_compressed_model(files: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("callbacks", "output", "said"),
+    [
+        ([], [], ""),
+        ([], ["--output=elsewhere"], "Nothing is saved in elsewhere: no compression callback"),
+        (["SoftThresholdRank"], [], "the model is in training form"),
+    ],
+    ids=["dense", "dense with an output", "not converted"],
+)
+def test_nothing_is_saved_of_a_model_that_is_not_converted(
+    callbacks: list[str],
+    output: list[str],
+    said: str,
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = run_config(files, tmp_path)
+    settings = {"rank_multiple": 4, "convert": False}
+    config["trainer"]["callbacks"] = [{"class_path": c, "init_args": settings} for c in callbacks]
+    main(["fit", "--config", write(config, tmp_path), *output])
+    assert not (tmp_path / "model").exists() and not (tmp_path / "elsewhere").exists()
+    printed = [line for line in capsys.readouterr().out.splitlines() if "saved" in line]
+    assert said in printed[0] if said else not printed
+
+
+class OtherName(LightningModule):
+    """Keeps its transformer where nobody expects it, beside a ``model`` that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.net = torch.nn.Linear(2, 2), tiny_bert()
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(**batch).loss + self.model.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class ToyData(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return toy_loader()
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_a_module_of_the_users_own_is_saved_wherever_its_transformer_is(
+    compresses: bool, files: dict[str, str], tmp_path: Path
+) -> None:
+    config = run_config(files, tmp_path)
+    config["model"], config["data"] = {"class_path": "tests.test_cli.OtherName"}, "tests.test_cli.ToyData"
+    if not compresses:
+        config["trainer"]["callbacks"] = []
+    main(["fit", "--config", write(config, tmp_path)])
+    assert (tmp_path / "model").exists() == compresses
+    assert not compresses or plan_of(load(tmp_path / "model")) is not None
+
+
+class NoTransformer(OtherName):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model.weight.sum()
+
+
+def test_a_module_without_a_transformer_is_trained_and_not_saved(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    config = run_config(files, tmp_path)
+    config["model"], config["data"] = {"class_path": "tests.test_cli.NoTransformer"}, "tests.test_cli.ToyData"
     config["trainer"]["callbacks"] = []
     main(["fit", "--config", write(config, tmp_path)])
     assert not (tmp_path / "model").exists()
@@ -160,10 +234,42 @@ def test_what_the_user_can_mend_is_said_in_one_line(words: list[str]) -> None:
         main(words)
 
 
-def test_a_number_out_of_range_is_said_before_training(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_number_out_of_range_is_said_before_training(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = run_config(files, tmp_path)
     config["trainer"]["callbacks"][0]["init_args"]["target_params"] = 2.0
-    with pytest.raises((SystemExit, ValueError)):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", write(config, tmp_path)])
+    said = f"{exit_info.value} {capsys.readouterr().err}"
+    assert "target_params=2.0 is outside (0, 1]" in said
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_a_missing_file_is_said_in_one_line(verb: str, files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path)
+    config["data"]["init_args"]["train"] = str(tmp_path / "nowhere.tsv")
+    with pytest.raises(SystemExit, match=r"^error: (?!Call to)[^\n]*nowhere"):
+        main([verb, "--config", write(config, tmp_path)])
+
+
+class Breaks(OtherName):
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        raise RuntimeError("a bug")
+
+
+class BreaksOnReading(ToyData):
+    @property
+    def num_labels(self) -> int:
+        raise KeyError("a bug")
+
+
+def test_a_bug_keeps_its_traceback(files: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(files, tmp_path, model="tests.test_cli.Breaks", data="tests.test_cli.ToyData")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fit", "--config", write(config, tmp_path)])
+    config = run_config(files, tmp_path, data="tests.test_cli.BreaksOnReading")
+    with pytest.raises(ValueError, match="a bug"):
         main(["fit", "--config", write(config, tmp_path)])
 
 
