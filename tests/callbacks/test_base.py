@@ -151,6 +151,8 @@ def test_an_optimizer_that_keeps_a_list_of_its_own_trains_the_new_parameters() -
     assert {id(p) for p in module.optimizer._params} == {
         id(p) for name, p in module.named_parameters() if not name.endswith("alpha")
     }
+    (state,) = module.optimizer.state.values()
+    assert 0 < state["n_iter"] < 2 * 6  # began anew when factors changed their meaning
 
 
 class ForgetsTheHead(ToyModule):
