@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
     if not args.table and not (DATA and LLAMA):
-        raise SystemExit("set LIGHTNING_COMPRESS_DATA and LIGHTNING_COMPRESS_LLAMA; see the head of this file")
+        raise SystemExit(
+            "set LIGHTNING_COMPRESS_DATA and LIGHTNING_COMPRESS_LLAMA; see the head of this file"
+        )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.touch()
     for family in [] if args.table else args.families:

@@ -74,9 +74,7 @@ def run_demo(
         f"[bold]2/3[/] The same with SoftThresholdRank(target_params={target_params}), {steps} steps"
     )
     report = CompressionReport(str(output / "report"), lengths=[_LENGTH], dense_metrics=dense.validation)
-    compressed = _train(
-        "compressed", [method, report], steps, output, seed
-    )
+    compressed = _train("compressed", [method, report], steps, output, seed)
     console.print("[bold]3/3[/] Measure latency, interleaved")
     folders = {"dense": dense.folder, "compressed": compressed.folder}
     latency = measure_latency(folders, _BATCH_SIZES, [_LENGTH], rounds=11)
@@ -119,7 +117,9 @@ def _train(name: str, callbacks: list[Callback], steps: int, output: Path, seed:
         data.tokenizer.save_pretrained(folder)
     lengths = data.lengths("test")
     flops = count_flops(module.model, lengths).total / len(lengths)
-    return Outcome(validation, metrics["test/acc"], count_parameters(module.model), flops, disk_bytes(folder), folder)
+    return Outcome(
+        validation, metrics["test/acc"], count_parameters(module.model), flops, disk_bytes(folder), folder
+    )
 
 
 def _gains(dense: Outcome, compressed: Outcome) -> Table:
