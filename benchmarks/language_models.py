@@ -131,11 +131,11 @@ def check_generation(model: PreTrainedModel, folder: Path, tokenizer: PreTrained
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print perplexities, each against the dense run of the same family."""
+    """Print perplexities, each against the dense run of the same family (itself where there is none yet)."""
     dense = {row["family"]: row for row in rows if row["variant"] == "dense"}
     table = Table("family", "variant", "steps", "perplexity", "vs dense", "linear", "total", "MB")
     for row in rows:
-        base = dense[row["family"]]
+        base = dense.get(row["family"], row)
         share = {s: row["parameters"][s] / base["parameters"][s] for s in ("linear", "total")}
         table.add_row(
             row["family"], row["variant"], str(row["steps"]), f"{row['perplexity']:.3f}",

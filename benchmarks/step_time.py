@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +24,7 @@ PHASES = {"warmup": 0.0, "search": 0.2, "recovery": 0.9}
 
 def encoder() -> BertForSequenceClassification:
     """Return an encoder of MiniLM's shape with random weights; attention without dropout, as in the tasks."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 384,
         "intermediate_size": 1536,
         "num_hidden_layers": 6,
