@@ -147,6 +147,21 @@ def test_linears_carry_the_roles_of_their_family_in_running_order(tiny, model_ty
     assert roles_of(describe(tiny(model_type, name))) == roles
 
 
+@pytest.mark.parametrize(("model_type", "name"), FAMILIES)
+def test_post_norm_families_name_their_encoder_activations_and_dropouts(tiny, model_type, name):
+    model = tiny(model_type, name)
+    anatomy, layer = describe(model), describe(model).layers[1]
+    inner = [layer.activation, layer.attention_dropout, layer.ffn_dropout]
+    if not anatomy.is_post_norm:
+        assert (anatomy.encoder, inner, layer.output_dropout) == (None, [None] * 3, None)
+        return
+    assert get_module(model, f"{anatomy.encoder}.layer.1") is get_module(model, layer.path)
+    assert "gelu" in type(get_module(model, layer.activation)).__name__.lower()
+    assert (layer.output_dropout is None) is (model_type == "distilbert")
+    for path in [*inner[1:], *([] if layer.output_dropout is None else [layer.output_dropout])]:
+        assert isinstance(get_module(model, path), nn.Dropout)
+
+
 @pytest.mark.parametrize(("model_type", "name"), [family for family in FAMILIES if family[0] != "mamba"])
 def test_the_module_named_as_attention_runs_once_per_layer_and_holds_the_layer_index(tiny, model_type, name):
     model = tiny(model_type, name)

@@ -79,6 +79,14 @@ class LayerAnatomy:
     """Paths of the layer's normalisations in the order in which they run."""
     raw_linears: tuple[str, ...] = ()
     """Linears that run on every token but are read as raw weights: parametrise, do not replace."""
+    activation: str | None = None
+    """Path of the FFN's activation; None where it is no module."""
+    attention_dropout: str | None = None
+    """Path of the dropout whose probability applies to attention weights."""
+    output_dropout: str | None = None
+    """Path of the dropout between the attention's output and the residual addition; None where there is none."""
+    ffn_dropout: str | None = None
+    """Path of the dropout between the FFN's output and the residual addition."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Anatomy:
     """Whether the head runs on every token (language models, taggers, decoders) or once per sequence."""
     embedding_projection: str | None = None
     """Path of the linear between embeddings narrower than the hidden size and the first layer (ELECTRA)."""
+    encoder: str | None = None
+    """Path of the module that runs the layers one after the other and does nothing else (post-norm families)."""
 
     @property
     def linears(self) -> tuple[LinearSlot, ...]:

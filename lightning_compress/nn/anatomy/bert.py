@@ -52,9 +52,9 @@ def describe_bert_like(model: PreTrainedModel, heads: Sequence[str]) -> Anatomy:
     """
     refuse_cross_attention(model)
     base = base_path(model)
-    stack = layer_paths(model, join(base, "encoder.layer"))
+    embeddings, encoder = join(base, "embeddings"), join(base, "encoder")
+    stack = layer_paths(model, f"{encoder}.layer")
     layers = tuple(_describe_layer(model, path, index) for index, path in enumerate(stack))
-    embeddings = join(base, "embeddings")
     needed(model, f"{embeddings}.word_embeddings")
     head_modules = present(model, heads) if base else ()
     return Anatomy(
@@ -73,6 +73,7 @@ def describe_bert_like(model: PreTrainedModel, heads: Sequence[str]) -> Anatomy:
         head_modules=head_modules,
         is_head_per_token=is_per_token(model),
         embedding_projection=next(iter(present(model, [join(base, "embeddings_project")])), None),
+        encoder=encoder,
     )
 
 
@@ -90,4 +91,8 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         head_dim=head_dim,
         intermediate_size=shapes["ffn_in"][1],
         norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+        activation=next(iter(present(model, [f"{path}.intermediate.intermediate_act_fn"])), None),
+        attention_dropout=f"{attention}.dropout",
+        output_dropout=f"{path}.attention.output.dropout",
+        ffn_dropout=f"{path}.output.dropout",
     )

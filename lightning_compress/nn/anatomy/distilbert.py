@@ -45,9 +45,9 @@ _HEADS = (
 def describe_distilbert(model: PreTrainedModel) -> Anatomy:
     """Describe a DistilBERT."""
     base = base_path(model)
-    stack = layer_paths(model, join(base, "transformer.layer"))
+    embeddings, encoder = join(base, "embeddings"), join(base, "transformer")
+    stack = layer_paths(model, f"{encoder}.layer")
     layers = tuple(_describe_layer(model, path, index) for index, path in enumerate(stack))
-    embeddings = join(base, "embeddings")
     needed(model, f"{embeddings}.word_embeddings")
     head_modules = present(model, _HEADS) if base else ()
     return Anatomy(
@@ -65,6 +65,7 @@ def describe_distilbert(model: PreTrainedModel) -> Anatomy:
         is_post_norm=True,
         head_modules=head_modules,
         is_head_per_token=is_per_token(model),
+        encoder=encoder,
     )
 
 
@@ -82,4 +83,7 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         head_dim=head_dim,
         intermediate_size=shapes["ffn_in"][1],
         norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+        activation=next(iter(present(model, [f"{path}.ffn.activation"])), None),
+        attention_dropout=f"{attention}.dropout",
+        ffn_dropout=f"{path}.ffn.dropout",
     )
