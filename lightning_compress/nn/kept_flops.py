@@ -1,0 +1,195 @@
+"""What an encoder costs when tokens leave it on the way: FLOPs of each example from the tokens each layer keeps.
+
+The companion of :mod:`lightning_compress.nn.flops`, which counts models that keep every token, and equal to it when
+nothing leaves. The next chapter is :mod:`lightning_compress.metrics`, which adds such counts up over a data set.
+
+Shape legend: B sequences, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe
+from lightning_compress.nn.flops import flops_per_token
+from lightning_compress.nn.surgery import get_module
+
+__all__ = ["DroppingCosts", "LastLayer", "count_kept_flops"]
+
+LastLayer = Literal["all", "first"]
+"""Whether the last layer runs on all kept tokens, or for the first (classification) token only."""
+
+_SLACK = 1e-3  # soft counts are sums of many rounded weights
+
+
+@dataclass(frozen=True)
+class DroppingCosts:
+    """What one example of a token-dropping encoder costs, as a formula in its kept tokens; FLOPs are 2 MACs."""
+
+    kept: tuple[int, ...]
+    """Of each layer, per token that enters its attention."""
+    pair: tuple[int, ...]
+    """Of each layer, per query and key."""
+    scored: tuple[int, ...]
+    """Of the policy at each layer, per token that was there before removal."""
+    embedded: int
+    """Per token of the input: projections of narrow or factorised embeddings."""
+    once: int
+    """Per example: pooler, task head, and with ``last_layer="first"`` what only the first token needs."""
+    last_layer: LastLayer
+    """Whose queries the last layer computes; its ``pair`` is then per key."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        policy_flops_per_token: int | Sequence[int] | None = None,
+        last_layer: LastLayer = "all",
+    ) -> DroppingCosts:
+        """Read the costs off a model, as it is now. Arguments and errors are those of :func:`count_kept_flops`."""
+        if last_layer not in ("all", "first"):
+            raise ValueError(f'last_layer must be "all" or "first", got {last_layer!r}')
+        anatomy = describe(model)
+        if anatomy.is_decoder or anatomy.is_head_per_token:
+            raise ValueError(
+                f"{type(model).__name__} needs every token at its output; tokens can leave only encoders with one "
+                "output per sequence: count this model with lightning_compress.nn.count_flops"
+            )
+        kept = [_linear_flops(model, layer) for layer in anatomy.layers]
+        once = sum(flops_per_token(get_module(model, path)) for path in _once_per_sequence(anatomy))
+        if last_layer == "first":
+            keys_and_values = _linear_flops(model, anatomy.layers[-1], roles=("key", "value"))
+            once += kept[-1] - keys_and_values
+            kept[-1] = keys_and_values
+        projections = [anatomy.embeddings, anatomy.embedding_projection]
+        return cls(
+            kept=tuple(kept),
+            pair=tuple(4 * layer.num_heads * layer.head_dim for layer in anatomy.layers),
+            scored=_policy_costs(model, anatomy, policy_flops_per_token),
+            embedded=sum(
+                flops_per_token(get_module(model, path)) for path in projections if path is not None
+            ),
+            once=once,
+            last_layer=last_layer,
+        )
+
+    def flops(self, kept_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the FLOPs of each example, ``[B]``, without checking the counts: for use in every training step.
+
+        Args:
+            kept_BL: Tokens that enter each layer's attention; whole or expected numbers.
+            lengths_B: Tokens of each example before the first layer.
+        """
+        dtype = torch.float32 if kept_BL.device.type == "mps" else torch.float64
+        kept_BL, lengths_B = kept_BL.to(dtype), lengths_B.to(kept_BL.device, dtype)
+        there_BL = torch.cat([lengths_B[:, None], kept_BL[:, :-1]], dim=1)
+        queries_BL = kept_BL
+        if self.last_layer == "first":
+            queries_BL = torch.cat([kept_BL[:, :-1], torch.ones_like(kept_BL[:, -1:])], dim=1)
+        kept_L, pair_L, scored_L = (
+            kept_BL.new_tensor(costs) for costs in (self.kept, self.pair, self.scored)
+        )
+        layers_BL = kept_BL * kept_L + queries_BL * kept_BL * pair_L + there_BL * scored_L
+        return layers_BL.sum(dim=1) + lengths_B * self.embedded + self.once
+
+
+def count_kept_flops(
+    model: nn.Module,
+    kept_BL: Tensor,
+    lengths_B: Tensor,
+    *,
+    policy_flops_per_token: int | Sequence[int] | None = None,
+    last_layer: LastLayer = "all",
+) -> Tensor:
+    """Count the FLOPs (2 MACs) of each example of an encoder that tokens leave.
+
+    Per layer and kept token ``2 * in * out`` for each linear (or its own ``flops_per_token``); per layer with n kept
+    tokens ``4 * n^2 * heads * head_dim``; the policy's scores at the tokens that are there *before* removal; pooler
+    and head once. With every token kept and no policy this equals :func:`~lightning_compress.nn.flops.count_flops`.
+    Differentiable in ``kept_BL``, so that expected counts can be driven to a target; a loop that counts every step
+    builds :class:`DroppingCosts` once.
+
+    Args:
+        model: A transformers encoder of a known family with one output per sequence; may be on the meta device.
+        kept_BL: Tokens that enter the attention of each layer, after removal at that layer; the classification
+            token counts. Whole numbers, or expected ones while training.
+        lengths_B: Tokens of each example before the first layer, padding not included.
+        policy_flops_per_token: What scoring one token costs, for all layers or for each one. Default: what the
+            encoder's ``policy`` says in ``flops_per_token_of(layer)``, nothing where there is no policy.
+        last_layer: ``"all"`` runs the last layer on all kept tokens, as the paper counts. ``"first"`` is what the
+            packed engine does for classifiers: keys and values of all kept tokens, everything else of the
+            last layer for the first token only.
+
+    Returns:
+        FLOPs of each example, float64 ``[B]`` (float32 on MPS devices, which have no other).
+
+    Raises:
+        TypeError: If ``model`` is not a ``PreTrainedModel``.
+        ValueError: If the family is unknown or its tokens cannot leave, if shapes do not fit, or if a count is below
+            1, above the length, or larger than in the layer before.
+
+    Paper: AdapLeR, FLOPs of the official code.
+    Departs from the paper: bias, softmax, norms and activations are not counted (0.2 % of BERT-base at 64 tokens),
+    and scores are priced where they are computed, before removal.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        ...                     intermediate_size=16)
+        >>> model = BertModel(config, add_pooling_layer=False)
+        >>> kept_BL = torch.tensor([[3, 3], [3, 1]])
+        >>> count_kept_flops(model, kept_BL, lengths_B=torch.tensor([3, 3])).tolist()
+        [6720.0, 4416.0]
+    """
+    costs = DroppingCosts.of(model, policy_flops_per_token=policy_flops_per_token, last_layer=last_layer)
+    _check_counts(kept_BL, lengths_B, len(costs.kept))
+    return costs.flops(kept_BL, lengths_B)
+
+
+def _linear_flops(model: nn.Module, layer: LayerAnatomy, roles: Sequence[str] | None = None) -> int:
+    paths = [slot.path for slot in layer.linears if roles is None or slot.role in roles]
+    return sum(flops_per_token(get_module(model, path)) for path in paths)
+
+
+def _once_per_sequence(anatomy: Anatomy) -> list[str]:
+    return [path for path in [anatomy.pooler, *anatomy.head_modules] if path is not None]
+
+
+def _policy_costs(model: nn.Module, anatomy: Anatomy, flops: int | Sequence[int] | None) -> tuple[int, ...]:
+    """What scoring a token costs at each layer: as told, or as the encoder's policy says, or nothing."""
+    num_layers = len(anatomy.layers)
+    if isinstance(flops, int):
+        return (flops,) * num_layers
+    if flops is not None:
+        if len(flops) != num_layers:
+            raise ValueError(
+                f"policy_flops_per_token must be one number or one for each of {num_layers} layers, got {len(flops)}"
+            )
+        return tuple(flops)
+    encoder = get_module(model, anatomy.layers[0].path.rsplit(".", 2)[0])
+    cost_of = getattr(getattr(encoder, "policy", None), "flops_per_token_of", None)
+    return tuple(0 if cost_of is None else int(cost_of(layer)) for layer in range(num_layers))
+
+
+def _check_counts(kept_BL: Tensor, lengths_B: Tensor, num_layers: int) -> None:
+    expected = (lengths_B.shape[0] if lengths_B.dim() == 1 else "B", num_layers)
+    if lengths_B.dim() != 1 or tuple(kept_BL.shape) != expected:
+        raise ValueError(
+            f"kept_BL must be {list(expected)} (sequences, layers) and lengths_B [B]; "
+            f"got {list(kept_BL.shape)} and {list(lengths_B.shape)}"
+        )
+    kept_BL = kept_BL.detach()
+    there_BL = torch.cat([lengths_B[:, None].to(kept_BL), kept_BL[:, :-1]], dim=1)
+    wrong_BL = ~((kept_BL >= 1 - _SLACK) & (kept_BL <= there_BL * (1 + _SLACK)))
+    if bool(wrong_BL.any()):
+        sequence, layer = (int(index) for index in wrong_BL.nonzero()[0])
+        raise ValueError(
+            f"kept tokens must be at least 1 and never grow from layer to layer; sequence {sequence} keeps "
+            f"{kept_BL[sequence, layer].item():g} of {there_BL[sequence, layer].item():g} at layer {layer}"
+        )
