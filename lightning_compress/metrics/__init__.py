@@ -1,5 +1,7 @@
 """Metrics that add up over a data set and over processes."""
 
+from lightning_compress.metrics.rationale_agreement import RationaleAgreement
 from lightning_compress.metrics.speedup import Speedup
+from lightning_compress.metrics.tokens_kept import TokensKept
 
-__all__ = ["Speedup"]
+__all__ = ["RationaleAgreement", "Speedup", "TokensKept"]
