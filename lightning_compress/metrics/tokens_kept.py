@@ -79,7 +79,10 @@ class TokensKept(Metric):
         self.total += lengths_B.sum()
 
     def compute(self) -> Tensor:
-        """Return the share that each layer keeps, ``[L]`` (torchmetrics makes a scalar of one); at first not a number."""
+        """Return the share that each layer keeps, ``[L]``; not a number before the first update.
+
+        Of a single layer torchmetrics makes a scalar.
+        """
         return self.kept_L / self.total
 
 
