@@ -1,0 +1,144 @@
+"""One post-norm layer over packed rows, built from the parts of the family's own layer.
+
+The parts stay where they are: the block looks them up at each call, so linears that were replaced, quantised or
+wrapped since run as what they are now. The next chapter is :mod:`lightning_compress.runtime.encoder`, which runs
+one such block after the other.
+
+Shape legend: B sequences, N rows, Q rows that query, D hidden size, A width of all heads, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import LayerAnatomy
+from lightning_compress.nn.segments import Segments
+from lightning_compress.nn.surgery import get_module
+from lightning_compress.runtime.attention import packed_attention
+from lightning_compress.runtime.fusion import FusedLinears, is_plain
+
+__all__ = ["LeanLayer"]
+
+
+class LeanLayer:
+    """Runs a layer's modules without the layer's own code: equal to it up to rounding.
+
+    ``y = norm(x + output(attention(x)))``, then ``z = norm(y + ffn_out(activation(ffn_in(y))))``. Query, key and
+    value run as one product where they are plain linears whose gradients nobody wants. Not a module: it owns
+    nothing, and registers nothing under a second name. Hooks on the parts run; hooks on the layer and on
+    its inner containers do not.
+
+    Args:
+        layer: The family's own layer.
+        anatomy: What is where in it, by paths from the model.
+
+    Raises:
+        ValueError: If the layer has another number of linears or norms, or its activation is no module.
+    """
+
+    def __init__(self, layer: nn.Module, anatomy: LayerAnatomy) -> None:
+        if anatomy.activation is None or len(anatomy.norms) != 2:
+            raise ValueError(
+                f"layer {anatomy.path!r} cannot run packed: it needs two norms and an activation that is a module, "
+                f"and has norms {list(anatomy.norms)} and activation {anatomy.activation}"
+            )
+        self.layer = layer
+        self.head_dim = anatomy.head_dim
+        at = {slot.role: _Slot.find(layer, anatomy, slot.path) for slot in anatomy.linears}
+        self._query, self._key, self._value = at["query"], at["key"], at["value"]
+        self._output, self._ffn_in, self._ffn_out = at["attention_output"], at["ffn_in"], at["ffn_out"]
+        self._activation = _Slot.find(layer, anatomy, anatomy.activation)
+        self._attention_norm, self._ffn_norm = (_Slot.find(layer, anatomy, path) for path in anatomy.norms)
+        self._attention_dropout, self._output_dropout, self._ffn_dropout = (
+            None if path is None else _Slot.find(layer, anatomy, path)
+            for path in (anatomy.attention_dropout, anatomy.output_dropout, anatomy.ffn_dropout)
+        )
+        self._fused = FusedLinears()
+
+    def __call__(self, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None = None) -> Tensor:
+        """Return the rows after the layer, ``[N, D]``.
+
+        Args:
+            hidden_ND: The rows before the layer.
+            segments: Which sequence each row belongs to.
+            queries_B: One row of each sequence, in order: all rows serve as keys and values, and only these are
+                computed and returned, ``[B, D]``. None computes all.
+        """
+        attended_QA = self._attend(hidden_ND, segments, queries_B)
+        residual_QD = hidden_ND if queries_B is None else hidden_ND[queries_B]
+        output_QD = _dropped(self._output_dropout, _run(self._output.module, attended_QA))
+        hidden_QD = _run(self._attention_norm.module, _added(output_QD, residual_QD))
+        inner = _run(self._activation.module, _run(self._ffn_in.module, hidden_QD))
+        output_QD = _dropped(self._ffn_dropout, _run(self._ffn_out.module, inner))
+        return _run(self._ffn_norm.module, _added(output_QD, hidden_QD))
+
+    def _attend(self, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
+        dropout = self._attention_dropout.module if self._attention_dropout is not None else None
+        probability = float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
+        if segments.num_rows == segments.num_sequences and probability == 0.0:
+            return _run(self._value.module, hidden_ND)  # the only key gets all the attention
+        query, key, value = self._project(hidden_ND, queries_B)
+        of_queries = segments if queries_B is None else _one_each(segments, queries_B)
+        return packed_attention(query, key, value, of_queries, segments, dropout=probability).flatten(1)
+
+    def _project(self, hidden_ND: Tensor, queries_B: Tensor | None) -> tuple[Tensor, ...]:
+        """Return query ``[Q, H, E]``, key and value ``[N, H, E]``."""
+        modules = (self._query.module, self._key.module, self._value.module)
+        fused = self._fused.of(modules)
+        if fused is None:
+            rows_QD = hidden_ND if queries_B is None else hidden_ND[queries_B]
+            inputs = (rows_QD, hidden_ND, hidden_ND)
+            projected = [_run(module, rows) for module, rows in zip(modules, inputs, strict=True)]
+        elif queries_B is None:
+            projected = F.linear(hidden_ND, fused.weight_SD, fused.bias_S).split(fused.sizes, dim=1)
+        else:
+            size, bias_S = fused.sizes[0], fused.bias_S
+            both = F.linear(hidden_ND, fused.weight_SD[size:], None if bias_S is None else bias_S[size:])
+            projected = (_run(modules[0], hidden_ND[queries_B]), *both.split(fused.sizes[1:], dim=1))
+        return tuple([rows.unflatten(1, (-1, self.head_dim)) for rows in projected])
+
+
+class _Slot:
+    """A place where a module sits, whatever has taken its place since."""
+
+    def __init__(self, parent: nn.Module, name: str) -> None:
+        self._siblings, self._name = parent._modules, name
+
+    @classmethod
+    def find(cls, layer: nn.Module, anatomy: LayerAnatomy, path: str) -> _Slot:
+        """Return the slot at a path that starts from the model."""
+        parent, _, name = path.removeprefix(f"{anatomy.path}.").rpartition(".")
+        return cls(get_module(layer, parent), name)
+
+    @property
+    def module(self) -> nn.Module:
+        """What sits there now."""
+        return self._siblings[self._name]  # type: ignore[return-value]
+
+
+def _run(module: nn.Module, rows: Tensor) -> Tensor:
+    """Call a module; a plain linear without the module machinery, which costs as much as a small product."""
+    if is_plain(module):
+        return F.linear(rows, module._parameters["weight"], module._parameters["bias"])  # type: ignore[arg-type]
+    return module(rows)
+
+
+def _dropped(slot: _Slot | None, rows: Tensor) -> Tensor:
+    return slot.module(rows) if slot is not None and slot.module.training else rows
+
+
+def _added(fresh: Tensor, residual: Tensor) -> Tensor:
+    """Add, into the freshly made tensor where nobody differentiates through it."""
+    if torch.is_grad_enabled() or fresh.dtype != residual.dtype:
+        return fresh + residual
+    return fresh.add_(residual)
+
+
+def _one_each(segments: Segments, queries_B: Tensor) -> Segments:
+    """Return the segments of one row of each sequence."""
+    starts_B1 = torch.arange(
+        segments.num_sequences + 1, device=queries_B.device, dtype=segments.cu_seqlens_B1.dtype
+    )
+    return Segments(starts_B1, segments.origin_N[queries_B])

@@ -1,0 +1,185 @@
+"""The packed encoder: unpads once, runs lean layers over rows, lets rows leave, and restores the user's order.
+
+It takes the place of a family's encoder module and holds the same layers under the same names. The next chapter is
+:mod:`lightning_compress.runtime.packing`, which puts it there.
+
+Shape legend: B sequences, T padded length, N rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from lightning_compress.nn.anatomy import Anatomy
+from lightning_compress.nn.dropping import KeepPolicy, real_tokens
+from lightning_compress.nn.segments import Segments
+from lightning_compress.nn.surgery import get_module
+from lightning_compress.ops.compact import compact
+from lightning_compress.runtime.block import LeanLayer
+
+__all__ = ["PackedEncoder"]
+
+
+class PackedEncoder(nn.Module):
+    """Runs a family's layers over packed rows ``[N, D]``; padding is never computed.
+
+    Args:
+        model: The model whose encoder this is to replace; not kept.
+        anatomy: Its anatomy.
+    """
+
+    layer: nn.ModuleList
+    """The family's own layers."""
+    policy: nn.Module | None
+    """A :class:`~lightning_compress.nn.dropping.KeepPolicy` that decides which rows leave; None drops nothing."""
+    first_only: bool
+    """Whether only the first (classification) token is read of what comes out, so that only it is computed in the
+    last layer and ``last_hidden_state`` is ``[B, 1, D]``."""
+    latest: tuple[Segments, ...]
+    """What entered each layer's attention in the latest forward pass."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        super().__init__()
+        assert anatomy.encoder is not None
+        family = get_module(model, anatomy.encoder)
+        self.layer = cast(nn.ModuleList, family.layer)
+        self.register_module("policy", None)
+        self.first_only = reads_first_token(model, anatomy)
+        self.config = model.config
+        self.latest = ()
+        self._family = (family,)  # in a tuple: not a sub-module
+        self._anatomies = anatomy.layers
+        self._lean: list[LeanLayer] = []
+        self.train(family.training)
+
+    @property
+    def family(self) -> nn.Module:
+        """The family's own encoder, around the same layers."""
+        family = self._family[0]
+        family.train(self.training)
+        return family
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Return the states after the last layer.
+
+        Args:
+            hidden_states: Embeddings ``[B, T, D]``.
+            attention_mask: What transformers makes of the user's mask: None, ``[B, T]`` or ``[B, 1, T, T]``.
+            **kwargs: What transformers hands to encoders; what it asks for must not be lost.
+
+        Returns:
+            ``last_hidden_state`` of shape ``[B, T, D]``, with zeros in the places of padding and of dropped tokens;
+            or ``[B, 1, D]``, the first token of each sequence, if :attr:`first_only`.
+
+        Raises:
+            ValueError: If hidden states of all layers, attention weights or cross-attention are asked for, or the
+                mask cannot be read.
+        """
+        _refuse(self.config, kwargs)
+        hidden_ND, segments = self._unpad(hidden_states, attention_mask)
+        trail: list[Segments] = []
+        policy = cast(KeepPolicy | None, self.policy)
+        lean = self._blocks()
+        for index, block in enumerate(lean):
+            if policy is not None:
+                hidden_ND, segments = _drop(hidden_ND, segments, policy.decide(index, hidden_ND, segments))
+            trail.append(segments)
+            is_last = index == len(lean) - 1
+            hidden_ND = _run(
+                block, hidden_ND, segments, segments.firsts_B if self.first_only and is_last else None
+            )
+        self.latest = tuple(trail)
+        output = (
+            hidden_ND.unsqueeze(1) if self.first_only else _restore(hidden_ND, segments, hidden_states.shape)
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, output))
+
+    def _unpad(self, hidden_BTD: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Segments]:
+        _refuse_unequal_rows(attention_mask)
+        real_BT = real_tokens(attention_mask, hidden_BTD)
+        protected_BT = None if self.policy is None else cast(KeepPolicy, self.policy).protected(real_BT)
+        segments = Segments.of(real_BT, protected_BT)
+        rows = hidden_BTD.flatten(0, 1)
+        return rows if segments.num_rows == rows.shape[0] else rows[segments.origin_N], segments
+
+    def _blocks(self) -> list[LeanLayer]:
+        """Return a lean block per layer, made anew where layers were removed or replaced."""
+        layers = list(self.layer)
+        if [id(block.layer) for block in self._lean] != [id(layer) for layer in layers]:
+            self._lean = [
+                LeanLayer(layer, anatomy) for layer, anatomy in zip(layers, self._anatomies, strict=False)
+            ]
+        return self._lean
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "latest": (), "_lean": []}
+
+
+def reads_first_token(model: PreTrainedModel, anatomy: Anatomy) -> bool:
+    """Whether the task head reads the first token and nothing else, as transformers' own sequence classifiers do.
+
+    A class with a ``forward`` of its own may read anything.
+    """
+    own = type(model).forward.__module__.startswith("transformers.models.")
+    summary = (
+        "sequence_summary" in anatomy.head_modules
+        and getattr(model.config, "summary_type", "last") != "first"
+    )
+    return own and anatomy.head is not None and not anatomy.is_head_per_token and not summary
+
+
+def _refuse(config: Any, asked: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if asked.get(name, getattr(config, name, False)):
+            raise ValueError(
+                f"{name}={asked.get(name, True)!r}: a packed encoder keeps no such outputs; pass {name}=False, or run "
+                "lightning_compress.unpack(model) first"
+            )
+    for name in ("encoder_hidden_states", "past_key_values"):
+        if asked.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, but packed encoders attend to their own sequence only: leave it out"
+            )
+    if asked.get("is_causal"):
+        raise ValueError("is_causal=True: packed encoders attend in both directions; leave it out")
+
+
+def _refuse_unequal_rows(mask: Tensor | None) -> None:
+    """Refuse masks in which queries see different keys: padding is all that packing can express."""
+    if mask is None or not isinstance(mask, Tensor) or mask.dim() != 4 or mask.stride(2) == 0:
+        return
+    if mask.shape[1] != 1 or not bool((mask == mask[:, :, :1]).all()):
+        raise ValueError(
+            f"the attention mask of shape {tuple(mask.shape)} differs from query to query or head to head: packed "
+            "encoders know padding only; pass a mask of shape [batch, tokens], or unpack the model"
+        )
+
+
+def _drop(hidden_ND: Tensor, segments: Segments, keep_N: Tensor | None) -> tuple[Tensor, Segments]:
+    if keep_N is None or bool(keep_N.all()):
+        return hidden_ND, segments
+    hidden_MD, cu_seqlens_B1, index_M = compact(hidden_ND, keep_N, segments.cu_seqlens_B1)
+    return hidden_MD, segments.select(index_M, cu_seqlens_B1)
+
+
+def _run(block: LeanLayer, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
+    layer: Any = block.layer
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        run = partial(block, segments=segments, queries_B=queries_B)
+        return layer._gradient_checkpointing_func(run, hidden_ND)
+    return block(hidden_ND, segments, queries_B)
+
+
+def _restore(hidden_ND: Tensor, segments: Segments, shape_BTD: torch.Size) -> Tensor:
+    if segments.num_rows == shape_BTD[0] * shape_BTD[1]:
+        return hidden_ND.view(shape_BTD)
+    empty = hidden_ND.new_zeros((shape_BTD[0] * shape_BTD[1], shape_BTD[2]))
+    return empty.index_copy(0, segments.origin_N, hidden_ND).view(shape_BTD)
