@@ -172,7 +172,7 @@ def _policy_costs(model: nn.Module, anatomy: Anatomy, flops: int | Sequence[int]
                 f"policy_flops_per_token must be one number or one for each of {num_layers} layers, got {len(flops)}"
             )
         return tuple(flops)
-    encoder = get_module(model, anatomy.layers[0].path.rsplit(".", 2)[0])
+    encoder = None if anatomy.encoder is None else get_module(model, anatomy.encoder)
     cost_of = getattr(getattr(encoder, "policy", None), "flops_per_token_of", None)
     return tuple(0 if cost_of is None else int(cost_of(layer)) for layer in range(num_layers))
 
