@@ -22,7 +22,7 @@ __all__ = ["compact", "compact_kernel", "launch", "tile_sizes"]
 TILE_ROWS = 8
 NUM_SCANNED = 1024
 NUM_OFFSETS = 64
-MAX_COLUMNS = 512
+MAX_COLUMNS = 256  # 512 spills on sm_90
 MAX_PROGRAMS = 1024
 """The decisions read for counting are N * programs / 2 bytes; this keeps them below the bytes of the rows."""
 
@@ -86,7 +86,7 @@ def tile_sizes(width: int) -> dict[str, Any]:
 
     Example:
         >>> tile_sizes(384)["C"]
-        512
+        256
     """
     columns = min(triton.next_power_of_2(max(width, 1)), MAX_COLUMNS)
     return {"WIDTH": width, "R": TILE_ROWS, "C": columns, "S": NUM_SCANNED, "Q": NUM_OFFSETS}
