@@ -302,7 +302,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"commit {row['commit']}"
         )
         names = {
-            "false_positive_rate": "FPR", "precision": "precision", "token_f1": "token-F1", "iou_f1": "IoU-F1",
+            "false_positive_rate": "FPR", "precision": "prec.", "token_f1": "F1", "iou_f1": "IoU",
             "average_precision": "AP", "auprc": "AUPRC",
         }  # fmt: skip
         title = f"{row['dropping'][0]} against {row['dense'][0]}"

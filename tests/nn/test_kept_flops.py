@@ -11,7 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_flops
 from lightning_compress.nn.kept_flops import DroppingCosts, count_kept_flops
+from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
+from lightning_compress.runtime import pack, packed_encoder
 
 ENCODERS = [
     ("bert", "BertForSequenceClassification"),
@@ -190,3 +192,40 @@ def test_costs_for_another_number_of_layers_and_unknown_last_layers_are_refused(
 def test_models_that_need_every_token_are_refused(tiny, model_type, name):
     with pytest.raises(ValueError, match="needs every token at its output"):
         DroppingCosts.of(tiny(model_type, name))
+
+
+def attention_flops(query_BHQE, key_BHKE, value_BHKE, *args, out_shape=None, **kwargs) -> int:
+    """The kernel of the CPU, which torch leaves out of its count; shapes, not tensors."""
+    batch, heads, queries, width = query_BHQE
+    return 4 * batch * heads * queries * key_BHKE[2] * width
+
+
+class Halving(nn.Module):
+    """Keeps every other row, at every layer."""
+
+    def protected(self, real_BT: Tensor) -> Tensor:
+        return real_BT & (real_BT.cumsum(dim=1) == 1)
+
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        places_N = torch.arange(segments.num_rows) - segments.firsts_B[segments.sequence_N]
+        return places_N % 2 == 0
+
+
+@pytest.mark.parametrize(("model_type", "name"), ENCODERS)
+def test_the_packed_engine_runs_as_many_flops_as_are_counted(tiny, model_type, name):
+    model = pack(tiny(model_type, name))
+    encoder = packed_encoder(model)
+    assert encoder is not None
+    encoder.policy = Halving()
+    mask_BT = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={kernel: attention_flops})
+    with counter, torch.no_grad():
+        model(input_ids=torch.full((2, 12), 5), attention_mask=mask_BT)
+    kept_BL = torch.stack([segments.lengths_B for segments in encoder.latest], dim=1)
+    assert kept_BL.tolist() == [[6, 3], [5, 3]]
+    last_layer = "first" if encoder.first_only else "all"
+    counted_B = count_kept_flops(model, kept_BL, mask_BT.sum(dim=1), last_layer=last_layer)
+    # embeddings are computed before the padding leaves
+    padding = 3 * DroppingCosts.of(model).embedded
+    assert counter.get_total_flops() == counted_B.sum().item() + padding
