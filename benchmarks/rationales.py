@@ -18,6 +18,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import subprocess
 from bisect import bisect_right
@@ -236,8 +237,10 @@ def compare(
     }
 
 
-def _rounded(metric: RationaleAgreement) -> dict[str, float]:
-    return {name: round(value.item(), 5) for name, value in metric.compute().items()}
+def _rounded(metric: RationaleAgreement) -> dict[str, float | None]:
+    """Return the values; None for what is not a number, such as the precision of a layer that keeps nothing."""
+    values = {name: value.item() for name, value in metric.compute().items()}
+    return {name: None if math.isnan(value) else round(value, 5) for name, value in values.items()}
 
 
 def _statistics(documents: list[Document]) -> dict[str, Any]:
@@ -310,9 +313,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         for index, methods in enumerate(row["layers"]):
             for method, values in methods.items():
                 place = [str(index + 1), f"{row['kept'][index]:.3f}"] if method == METHODS[0] else ["", ""]
-                table.add_row(*place, method, *(f"{values[name]:.3f}" for name in names))
+                table.add_row(*place, method, *(_shown(values[name]) for name in names))
             table.add_section()
         Console().print(table)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def main() -> None:

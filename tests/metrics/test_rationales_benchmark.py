@@ -157,6 +157,31 @@ def test_methods_are_compared_at_equal_counts_and_the_row_holds_every_layer(scri
     )
 
 
+def test_a_pair_of_models_is_measured_once(script, tokenizer, dropping, tmp_path: Path, monkeypatch, capsys):
+    reviews = tmp_path / "movies_rationales"
+    reviews.mkdir()
+    header = "label\tid\trationale_spans\tsentence_lengths\ttext\n"
+    (reviews / "test.tsv").write_text(header + '1\tx\t0:1\t3\tgood " film\n0\ty\t\t2\tbad film\n')
+    for name in ("dense", "dropping"):
+        tiny_bert(max_position_embeddings=32).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.setenv("LIGHTNING_COMPRESS_DATA", str(tmp_path))
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results" / "rationales.jsonl")
+    monkeypatch.setattr(script.lightning_compress, "load", lambda folder: dropping)
+    folders = ["--dense", str(tmp_path / "dense"), "--dropping", str(tmp_path / "dropping")]
+    arguments = ["rationales.py", "run", *folders, "--max-length", "16"]
+    for more in (["--limit", "1"], [], []):
+        monkeypatch.setattr(sys, "argv", arguments + more)
+        script.main()
+    (row,) = [json.loads(line) for line in script.RESULTS.read_text().splitlines()]
+    assert (row["documents"], row["without_rationale"], row["part"]) == (2, 1, "test")
+    assert row["dense"][0] == "dense" and str(tmp_path) not in json.dumps(row)
+    assert capsys.readouterr().out.count("dropping against dense") == 2
+    monkeypatch.setattr(sys, "argv", ["rationales.py", "table"])
+    script.main()
+    assert "2 documents (test), cut at 16 tokens" in capsys.readouterr().out
+
+
 def test_a_model_that_drops_nothing_is_refused(script):
     with pytest.raises(SystemExit, match="this one drops nothing"):
         script.dropping_encoder(pack(tiny_bert()))
