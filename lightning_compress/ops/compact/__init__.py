@@ -76,7 +76,7 @@ def _check(hidden_ND: Tensor, keep_N: Tensor, cu_seqlens_B1: Tensor) -> None:
         raise ValueError(f"hidden, keep and offsets are on {places}: move them to one device")
 
 
-# The operator: `define` and `impl` cost a third of what `custom_op` does per call, and this is called once a layer.
+# The operator: `define` and `impl` add half of what `custom_op` adds to a call, and this is called once a layer.
 
 torch.library.define(
     "lightning_compress::compact",
