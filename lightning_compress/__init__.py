@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from lightning_compress._version import __version__
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, load, plan_of, save_pretrained
-from lightning_compress.losses import SoftThresholdRankLossMixin
+from lightning_compress.losses import ContributionTokenDroppingLossMixin, SoftThresholdRankLossMixin
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.plan import CompressionPlan, PlanError
+from lightning_compress.runtime import pack, unpack
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks import (
         CompressedModelCheckpoint,
         CompressionMixin,
         CompressionReport,
+        ContributionTokenDropping,
         SoftThresholdRank,
         convert,
     )
@@ -30,7 +33,10 @@ __all__ = [
     "CompressionMixin",
     "CompressionPlan",
     "CompressionReport",
+    "ContributionTokenDropping",
     "Compressor",
+    "ContributionTokenDroppingConfig",
+    "ContributionTokenDroppingLossMixin",
     "PlanError",
     "SoftThresholdRank",
     "SoftThresholdRankConfig",
@@ -39,14 +45,17 @@ __all__ = [
     "attach_plan",
     "convert",
     "load",
+    "pack",
     "plan_of",
     "save_pretrained",
+    "unpack",
 ]
 
 _NEED_LIGHTNING = (
     "CompressedModelCheckpoint",
     "CompressionMixin",
     "CompressionReport",
+    "ContributionTokenDropping",
     "SoftThresholdRank",
     "convert",
 )

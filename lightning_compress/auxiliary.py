@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.methods import MethodHandle
+from lightning_compress.methods import AuxiliaryGroup, MethodHandle
 
 __all__ = ["AuxiliaryOptimizer"]
 
@@ -32,13 +32,13 @@ class AuxiliaryOptimizer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All auxiliary parameters, method by method."""
-        return [parameter for handle in self.handles for parameter in handle.auxiliary_parameters()]
+        return [parameter for group in self._groups() for parameter in group.parameters]
 
     @property
     def optimizer(self) -> torch.optim.Adam | None:
         """The optimizer itself; None where no method has auxiliary parameters."""
         if self._optimizer is None and self.parameters:
-            groups = [{"params": h.auxiliary_parameters()} for h in self.handles if h.auxiliary_parameters()]
+            groups = [{"params": group.parameters} for group in self._groups()]
             self._optimizer = torch.optim.Adam(groups, lr=0.0)
             if self._pending is not None:
                 self._optimizer.load_state_dict(self._pending)
@@ -54,18 +54,24 @@ class AuxiliaryOptimizer:
         optimizer = self.optimizer
         if optimizer is None:
             return
-        owners = [handle for handle in self.handles if handle.auxiliary_parameters()]
-        for group, handle in zip(optimizer.param_groups, owners, strict=True):
-            group["lr"] = handle.auxiliary_lr
-            if handle.auxiliary_lr == 0.0:
-                self._clear(group["params"])
+        for group, (parameters, lr, _) in zip(optimizer.param_groups, self._groups(), strict=True):
+            group["lr"] = lr
+            if lr == 0.0:
+                self._clear(parameters)
         if any(p.grad is not None for p in self.parameters):
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            for parameters, _, max_norm in self._groups():
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, max_norm)
             if scaler is None:
                 optimizer.step()
             else:
-                scaler.unscale_(optimizer)
                 scaler.step(optimizer)
         self._clear(self.parameters)
+
+    def _groups(self) -> list[AuxiliaryGroup]:
+        return [group for handle in self.handles for group in handle.auxiliary_groups()]
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the moments of some parameters."""

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from lightning_compress.auxiliary import AuxiliaryOptimizer
+from lightning_compress.methods import AuxiliaryGroup
 
 
-def owner(lr: float, value: float = 1.0) -> Any:
+def owner(lr: float, value: float = 1.0, max_norm: float | None = None) -> Any:
     parameter = nn.Parameter(torch.tensor(value))
-    return SimpleNamespace(auxiliary_lr=lr, auxiliary_parameters=lambda: [parameter], parameter=parameter)
+    return SimpleNamespace(
+        auxiliary_groups=lambda: [AuxiliaryGroup([parameter], lr, max_norm)], parameter=parameter
+    )
 
 
 def test_each_method_gets_the_learning_rate_it_asks_for() -> None:
@@ -35,6 +38,15 @@ def test_a_resting_method_neither_moves_nor_gathers_moments() -> None:
     assert not optimizer.optimizer.state
 
 
+def test_a_spike_is_clipped_for_the_group_that_asks_for_it() -> None:
+    calm, free = owner(0.1, max_norm=1.0), owner(0.1)
+    optimizer = AuxiliaryOptimizer([calm, free])
+    (1000 * (calm.parameter + free.parameter)).backward()
+    optimizer.step()
+    moments = [optimizer.optimizer.state[h.parameter]["exp_avg"].item() for h in (calm, free)]
+    assert moments == pytest.approx([0.1, 100.0], rel=1e-4)
+
+
 def test_gradients_are_cleared_after_the_step() -> None:
     handle = owner(0.1)
     optimizer = AuxiliaryOptimizer([handle])
@@ -44,7 +56,7 @@ def test_gradients_are_cleared_after_the_step() -> None:
 
 
 def test_no_auxiliary_parameters_need_no_optimizer() -> None:
-    empty = SimpleNamespace(auxiliary_lr=0.1, auxiliary_parameters=list)
+    empty = SimpleNamespace(auxiliary_groups=list)
     optimizer = AuxiliaryOptimizer([empty])
     optimizer.step()
     assert optimizer.optimizer is None and optimizer.state_dict() is None

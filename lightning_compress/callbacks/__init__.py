@@ -2,6 +2,7 @@
 
 from lightning_compress.callbacks.base import CompressionCallback, CompressionMixin, convert
 from lightning_compress.callbacks.checkpoint import CompressedModelCheckpoint
+from lightning_compress.callbacks.contribution_token_dropping import ContributionTokenDropping
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.soft_threshold_rank import SoftThresholdRank
 
@@ -10,6 +11,7 @@ __all__ = [
     "CompressionCallback",
     "CompressionMixin",
     "CompressionReport",
+    "ContributionTokenDropping",
     "SoftThresholdRank",
     "convert",
 ]

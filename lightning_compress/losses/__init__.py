@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.losses import soft_threshold_rank
+from lightning_compress.losses import contribution_token_dropping, soft_threshold_rank
 from lightning_compress.losses.base import LossMixin
+from lightning_compress.losses.contribution_token_dropping import ContributionTokenDroppingLossMixin
 from lightning_compress.losses.soft_threshold_rank import SoftThresholdRankLossMixin
 
-__all__ = ["TERMS", "LossMixin", "SoftThresholdRankLossMixin"]
+__all__ = ["TERMS", "ContributionTokenDroppingLossMixin", "LossMixin", "SoftThresholdRankLossMixin"]
 
 TERMS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "soft_threshold_rank": soft_threshold_rank.terms,
+    "contribution_token_dropping": contribution_token_dropping.terms,
 }

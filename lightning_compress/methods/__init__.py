@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_compress.methods import soft_threshold_rank
-from lightning_compress.methods.base import MethodConfig, MethodHandle, MethodModule, config_from_dict
+from lightning_compress.methods import contribution_token_dropping, soft_threshold_rank
+from lightning_compress.methods.base import (
+    AuxiliaryGroup,
+    MethodConfig,
+    MethodHandle,
+    MethodModule,
+    config_from_dict,
+)
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import CompressionPlan, PlanError
 
 __all__ = [
     "METHODS",
+    "AuxiliaryGroup",
     "MethodConfig",
     "MethodHandle",
     "MethodModule",
@@ -21,6 +28,7 @@ __all__ = [
 
 METHODS: dict[str, MethodModule] = {
     "soft_threshold_rank": soft_threshold_rank,  # type: ignore[dict-item]
+    "contribution_token_dropping": contribution_token_dropping,  # type: ignore[dict-item]
 }
 
 

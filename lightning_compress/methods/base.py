@@ -7,13 +7,13 @@ dataclass. ``prepare`` returns a handle; this file states what the rest of the l
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
 from lightning_compress.nn.surgery import Ledger
 
-__all__ = ["MethodConfig", "MethodHandle", "MethodModule", "config_from_dict"]
+__all__ = ["AuxiliaryGroup", "MethodConfig", "MethodHandle", "MethodModule", "config_from_dict"]
 
 
 class MethodConfig:
@@ -40,6 +40,17 @@ def config_from_dict(config_class: type[MethodConfig], data: dict[str, Any]) -> 
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
 
 
+class AuxiliaryGroup(NamedTuple):
+    """Parameters of the private optimizer with a learning rate of their own."""
+
+    parameters: list[nn.Parameter]
+    """At least one."""
+    lr: float
+    """Learning rate for the coming step; 0 means that they rest."""
+    max_norm: float | None = None
+    """Largest norm of the group's gradient; None does not clip."""
+
+
 @runtime_checkable
 class MethodHandle(Protocol):
     """One prepared method on one model."""
@@ -58,13 +69,8 @@ class MethodHandle(Protocol):
         """Whether the model, converted now, would meet the user's target."""
         ...
 
-    @property
-    def auxiliary_lr(self) -> float:
-        """Learning rate of the auxiliary parameters for the coming step; 0 means they rest."""
-        ...
-
-    def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Parameters (thresholds, multipliers) that the compressor's private optimizer owns."""
+    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
+        """Parameters that the private optimizer owns (thresholds, predictors), always in the same order."""
         ...
 
     def end_pass(self) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_compress.methods.base import MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
@@ -194,9 +194,9 @@ class SoftThresholdRankHandle:
         """Whether the ranks are pinned within the budget."""
         return self.phase == "recovery" and self.size <= self.budget
 
-    def auxiliary_parameters(self) -> list[nn.Parameter]:
+    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The thresholds."""
-        return [layer.alpha for layer in self.layers.values()]
+        return [AuxiliaryGroup([layer.alpha for layer in self.layers.values()], self.auxiliary_lr)]
 
     def end_pass(self) -> None:
         """Count the inputs gathered during the warm-up."""
@@ -214,7 +214,7 @@ class SoftThresholdRankHandle:
         return {
             "size_ratio": self.size / self.dense_size,
             "rank_ratio": sum(ratios) / len(ratios),
-            "threshold": float(torch.stack([a.detach() for a in self.auxiliary_parameters()]).mean()),
+            "threshold": float(torch.stack([layer.alpha.detach() for layer in self.layers.values()]).mean()),
         }
 
     def state_dict(self) -> dict[str, Any]:

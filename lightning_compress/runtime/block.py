@@ -69,10 +69,10 @@ class LeanLayer:
         attended_QA = self._attend(hidden_ND, segments, queries_B)
         residual_QD = hidden_ND if queries_B is None else hidden_ND[queries_B]
         output_QD = _dropped(self._output_dropout, _run(self._output.module, attended_QA))
-        hidden_QD = _run(self._attention_norm.module, _added(output_QD, residual_QD))
+        hidden_QD = _run(self._attention_norm.module, output_QD + residual_QD)
         inner = _run(self._activation.module, _run(self._ffn_in.module, hidden_QD))
         output_QD = _dropped(self._ffn_dropout, _run(self._ffn_out.module, inner))
-        return _run(self._ffn_norm.module, _added(output_QD, hidden_QD))
+        return _run(self._ffn_norm.module, output_QD + hidden_QD)
 
     def _attend(self, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
         dropout = self._attention_dropout.module if self._attention_dropout is not None else None
@@ -127,13 +127,6 @@ def _run(module: nn.Module, rows: Tensor) -> Tensor:
 
 def _dropped(slot: _Slot | None, rows: Tensor) -> Tensor:
     return slot.module(rows) if slot is not None and slot.module.training else rows
-
-
-def _added(fresh: Tensor, residual: Tensor) -> Tensor:
-    """Add, into the freshly made tensor where nobody differentiates through it."""
-    if torch.is_grad_enabled() or fresh.dtype != residual.dtype:
-        return fresh + residual
-    return fresh.add_(residual)
 
 
 def _one_each(segments: Segments, queries_B: Tensor) -> Segments:

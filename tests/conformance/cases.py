@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from lightning_compress.callbacks import CompressionCallback, SoftThresholdRank
+from lightning_compress.callbacks import (
+    CompressionCallback,
+    ContributionTokenDropping,
+    SoftThresholdRank,
+)
 from lightning_compress.methods import MethodConfig
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 
 __all__ = ["CASES", "Case"]
@@ -22,6 +28,8 @@ class Case:
     """Settings under which the tiny BERT of ``tests.toys`` shrinks."""
     callback: Callable[[], CompressionCallback]
     """Makes the callback with the compressing settings."""
+    shrinks: Literal["parameters", "tokens"] = "parameters"
+    """What there is less of afterwards."""
 
 
 CASES: dict[str, Case] = {
@@ -29,5 +37,11 @@ CASES: dict[str, Case] = {
         identity=SoftThresholdRankConfig(target_params=1.0, rank_multiple=4),
         compressing=SoftThresholdRankConfig(target_params=0.5, rank_multiple=4),
         callback=lambda: SoftThresholdRank(target_params=0.5, rank_multiple=4),
+    ),
+    "contribution_token_dropping": Case(
+        identity=ContributionTokenDroppingConfig(target_flops=1.0, warmup=0.5),
+        compressing=ContributionTokenDroppingConfig(target_tokens=0.6, warmup=0.2, threshold_init=0.99),
+        callback=lambda: ContributionTokenDropping(target_tokens=0.6, warmup=0.2, threshold_init=0.99),
+        shrinks="tokens",
     ),
 }

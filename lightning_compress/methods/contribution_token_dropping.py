@@ -1,0 +1,398 @@
+"""ContributionTokenDropping: small predictors learn which tokens carry the prediction; the others leave.
+
+The plot in the order of time: the config, :func:`prepare`, :func:`update` (warm-up, ramp, recovery), :func:`convert`,
+:func:`restore`. The cast is in :mod:`lightning_compress.nn.contribution_token_dropping`, the teacher in
+:mod:`lightning_compress.methods.saliency_teacher`.
+
+Shape legend: B batch, T padded length, L layers, K layers that decide.
+
+Paper: AdapLeR (arXiv 2203.08991), equations after its official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.saliency_teacher import SaliencyTeacher
+from lightning_compress.methods.token_dropping import (
+    check_can_drop,
+    chosen_layers,
+    deploy_policy,
+    install_policy,
+    restore_policy,
+)
+from lightning_compress.nn.contribution_token_dropping import ContributionPolicy, SoftContributionPolicy
+from lightning_compress.nn.dropping import InputRecorder
+from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.nn.surgery import Ledger
+from lightning_compress.nn.tape import Tape
+
+__all__ = [
+    "Config",
+    "ContributionTokenDroppingConfig",
+    "ContributionTokenDroppingHandle",
+    "convert",
+    "prepare",
+    "restore",
+    "update",
+]
+
+_TARGET_REACHED_AT = 0.8
+"""Share of the ramp after which the scheduled target is the user's."""
+_ETA_RANGE = (0.01, 1.0)
+_THETA_FLOOR = 1e-3
+_TRAVEL = 2.0
+"""Thresholds may cross this distance in the ramp, by default."""
+_MAX_NORM = 1.0
+_DUAL_RATE = 0.3
+_MULTIPLIER_LIMIT = 10.0
+_CORRECTION_RATE = 0.03
+"""How fast the common scale of all thresholds follows the target once they rest."""
+_SCALE_RANGE = (0.25, 4.0)
+_TOLERANCE = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributionTokenDroppingConfig(MethodConfig):
+    """What the user may choose; the callback's arguments are these fields."""
+
+    stem: ClassVar[str] = "contribution_token_dropping"
+
+    target_flops: float | None = None
+    """Share of the dense encoder's FLOPs to spend, in (0, 1]; 0.5 if no other goal is given."""
+    target_tokens: float | None = None
+    """Instead: share of tokens that enter the layers, on average over layers, in (0, 1]."""
+    length_weight: float | None = None
+    """Instead: fixed weight of the summed token counts (the paper's phi), at least 0."""
+    saliency_weight: float = 5e-3
+    """Weight of the distance between predictors and saliency (the paper's gamma), at least 0."""
+    saliency_to_encoder: bool = False
+    """Whether that distance also trains the encoder, as in the paper; costs about a third of a step more."""
+    teacher: str = "self"
+    """``"self"``: the model itself as it is at the end of the warm-up; else folder or name of a fine-tuned model."""
+    teacher_bits: Literal[4, 8] | None = None
+    """Hold the teacher's linears in so many bits (bitsandbytes); by default as they are."""
+    layers: tuple[int, ...] | None = None
+    """Indices of layers before which tokens may leave, from 0; all by default."""
+    predictor_width: int = 32
+    """Neurons of each predictor, at least 1."""
+    predictor_lr: float = 5e-3
+    """Learning rate of the predictors when dropping begins, positive; falls linearly to 0."""
+    protect_first: int = 1
+    """How many tokens at the start of a text never leave, at least 1 (the classification token)."""
+    protect_tokens: tuple[int, ...] = ()
+    """Token ids that never leave, e.g. the separator's."""
+    warmup: float | None = None
+    """Share of training before dropping begins, in [0, 1); by default 0.3 with the teacher ``"self"``, else 0."""
+    ramp_end: float = 0.8
+    """Share of training after which thresholds rest and removal is all but hard, in (warmup, 1]."""
+    slope_start: float = 10.0
+    """Slope lambda of the soft removal when dropping begins, positive."""
+    slope_end: float = 1e5
+    """Slope at the end of the ramp, at least ``slope_start``; geometric between."""
+    threshold_init: float = 0.25
+    """Where the thresholds eta start, in units of the mean share, in [0.01, 1]."""
+    threshold_lr: float | None = None
+    """Learning rate of the thresholds; by default such that they can cross their range twice in the ramp."""
+
+    def __post_init__(self) -> None:
+        goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
+        given = {name: value for name, value in goals.items() if value is not None}
+        _check(
+            len(given) <= 1,
+            f"{given} are several goals: give one of target_flops, target_tokens, length_weight",
+        )
+        for name in ("target_flops", "target_tokens"):
+            value = goals[name]
+            _check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
+        _check(
+            self.length_weight is None or self.length_weight >= 0,
+            f"length_weight={self.length_weight} is negative",
+        )
+        _check(self.saliency_weight >= 0, f"saliency_weight={self.saliency_weight} is negative")
+        _check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
+        _check(self.predictor_width >= 1, f"predictor_width={self.predictor_width} is below 1")
+        _check(self.predictor_lr > 0, f"predictor_lr={self.predictor_lr} is not positive")
+        _check(
+            self.protect_first >= 1,
+            f"protect_first={self.protect_first} is below 1: the classification token always stays",
+        )
+        _check(self.warmup is None or 0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+        _check(
+            self.dense_share < self.ramp_end <= 1.0,
+            f"ramp_end={self.ramp_end} is outside (warmup={self.dense_share}, 1]: dropping is learned between the two",
+        )
+        _check(
+            0.0 < self.slope_start <= self.slope_end,
+            f"slope_start={self.slope_start} is outside (0, slope_end={self.slope_end}]",
+        )
+        low, high = _ETA_RANGE
+        _check(
+            low <= self.threshold_init <= high,
+            f"threshold_init={self.threshold_init} is outside [{low}, {high}]",
+        )
+        _check(
+            self.threshold_lr is None or self.threshold_lr > 0,
+            f"threshold_lr={self.threshold_lr} is not positive",
+        )
+        object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
+        object.__setattr__(self, "protect_tokens", tuple(self.protect_tokens))
+
+    @property
+    def dense_share(self) -> float:
+        """Share of training before dropping begins."""
+        if self.warmup is not None:
+            return self.warmup
+        return 0.3 if self.teacher == "self" else 0.0
+
+    @property
+    def target(self) -> float | None:
+        """The ratio asked for, of FLOPs or tokens; None with a fixed weight."""
+        if self.length_weight is not None:
+            return None
+        return self.target_tokens or self.target_flops or 0.5
+
+
+Config = ContributionTokenDroppingConfig
+
+
+@dataclass
+class ContributionTokenDroppingHandle:
+    """A model whose encoder learns to drop tokens."""
+
+    model: nn.Module
+    config: ContributionTokenDroppingConfig
+    ledger: Ledger
+    policy: SoftContributionPolicy
+    tape: Tape
+    recorder: InputRecorder
+    teacher: SaliencyTeacher
+    num_layers: int
+    phase: Literal["warmup", "ramp", "recovery"] = "warmup"
+    progress: float = 0.0
+    threshold_lr: float = 0.0
+    """Learning rate of the thresholds for the coming step."""
+    multiplier: float = 1.0
+    """Lagrange multiplier of the target."""
+    ratio: float = 1.0
+    """Cost over dense cost in the latest pass, of FLOPs or tokens, whichever the target is of."""
+    tokens_kept: float = 1.0
+    """Share of tokens that entered the layers in the latest pass."""
+    _latest: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def scheduled_target(self) -> float:
+        """The target of this moment: from 1 down to the user's, geometric, there at 80 % of the ramp."""
+        start, target = self.config.dense_share, self.config.target
+        assert target is not None, "a fixed length weight has no target"
+        end = start + _TARGET_REACHED_AT * (self.config.ramp_end - start)
+        share = min(max((self.progress - start) / (end - start), 0.0), 1.0)
+        return target**share
+
+    @property
+    def is_on_target(self) -> bool:
+        """Whether thresholds rest and the latest pass cost no more than a tenth above the target."""
+        target = self.config.target
+        return self.phase == "recovery" and (target is None or self.ratio <= _TOLERANCE * target)
+
+    def look_up_saliency(self) -> Tensor:
+        """Return the teacher's saliencies of the latest inputs, ``[B, T]``."""
+        return self.teacher.saliency(self.recorder.inputs)
+
+    def measure(self, counts_BL: Tensor) -> Tensor:
+        """Return cost over dense cost of the latest pass, a differentiable scalar, and note it."""
+        lengths_B = self._lengths()
+        tokens = counts_BL.sum() / (lengths_B.sum() * self.num_layers)
+        ratio = tokens
+        if self.config.target_tokens is None:
+            dense_BL = lengths_B[:, None].expand(-1, self.num_layers)
+            dense = DroppingCosts.of(self.model, policy_flops_per_token=0).flops(dense_BL, lengths_B)
+            ratio = (DroppingCosts.of(self.model).flops(counts_BL, lengths_B).sum() / dense.sum()).float()
+        self._latest = torch.stack([ratio.detach().float(), tokens.detach().float()])
+        return ratio
+
+    def _lengths(self) -> Tensor:
+        mask_BT = self.recorder.inputs.get("attention_mask")
+        ids_BT = self.recorder.inputs["input_ids"]
+        return (torch.ones_like(ids_BT) if mask_BT is None else mask_BT.bool()).sum(dim=1)
+
+    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
+        """The thresholds with the factors of the first token, and the predictors."""
+        left = (1.0 - self.progress) / (1.0 - self.config.dense_share)
+        predictor_lr = 0.0 if self.phase == "warmup" else self.config.predictor_lr * left
+        thresholds: list[nn.Parameter] = [self.policy.eta_K, self.policy.theta_K]
+        return [
+            AuxiliaryGroup(thresholds, self.threshold_lr, _MAX_NORM),
+            AuxiliaryGroup(list(self.policy.predictors.parameters()), predictor_lr, _MAX_NORM),
+        ]
+
+    def end_pass(self) -> None:
+        """Read what the latest pass cost from the device; processes average it."""
+        if self._latest is None:
+            return
+        latest, self._latest = self._latest, None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(latest)
+            latest = latest / dist.get_world_size()
+        self.ratio, self.tokens_kept = latest.tolist()
+
+    def pop_stale_moments(self) -> list[nn.Parameter]:
+        """Nothing: no parameter changes its meaning."""
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        """What the latest training pass kept, the mean threshold, and the slope."""
+        return {
+            "ratio": self.ratio,
+            "tokens_kept": self.tokens_kept,
+            "threshold": float(self.policy.eta_K.detach().mean()),
+            "slope": self.policy.slope,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, multiplier, and the teacher with the saliencies it gave."""
+        names = ("phase", "progress", "threshold_lr", "multiplier", "ratio", "tokens_kept")
+        return {**{name: getattr(self, name) for name in names}, "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the phase, and the teacher."""
+        for name in ("phase", "progress", "threshold_lr", "multiplier", "ratio", "tokens_kept"):
+            setattr(self, name, state[name])
+        self._latest = None
+        self.policy.is_active = self.phase != "warmup"
+        self.policy.slope = _slope(self.config, self.progress)
+        self.teacher.load_state_dict(state["teacher"], self.model)
+
+
+def prepare(model: nn.Module, config: ContributionTokenDroppingConfig) -> ContributionTokenDroppingHandle:
+    """Give the encoder predictors and thresholds; outputs stay the same until the warm-up is over.
+
+    Raises:
+        ValueError: If the model is not a sequence classifier of a family whose encoder can drop tokens, a layer does
+            not exist, or the teacher cannot be loaded or does not fit.
+    """
+    anatomy = check_can_drop(model)
+    tape = Tape()
+    policy = SoftContributionPolicy(
+        anatomy.hidden_size,
+        chosen_layers(anatomy, config.layers),
+        config.predictor_width,
+        config.protect_first,
+        threshold=config.threshold_init,
+        tape=tape,
+        shares_reach_encoder=config.saliency_to_encoder,
+    )
+    teacher = SaliencyTeacher(config.teacher, config.teacher_bits, model)
+    ledger = install_policy(model, policy, config.protect_tokens)
+    handle = ContributionTokenDroppingHandle(
+        model,
+        config,
+        ledger,
+        policy,
+        tape.attach(model),
+        InputRecorder().attach(model),
+        teacher,
+        len(anatomy.layers),
+    )
+    update(handle, 0.0)
+    return handle
+
+
+def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
+    """Move through warm-up, ramp and recovery; set the slope, the multiplier and the thresholds' learning rate."""
+    config, step = handle.config, progress - handle.progress
+    handle.progress = progress
+    if handle.phase == "warmup" and progress >= config.dense_share:
+        handle.teacher.settle(handle.model)
+        handle.phase, handle.policy.is_active = "ramp", True
+    if handle.phase == "ramp" and progress >= config.ramp_end:
+        handle.phase, handle.threshold_lr = "recovery", 0.0
+    handle.policy.slope = _slope(config, progress)
+    _clamp(handle.policy)
+    _steer(handle)
+    if handle.phase == "ramp" and step > 0:
+        steps = (config.ramp_end - config.dense_share) / step
+        handle.threshold_lr = config.threshold_lr or _TRAVEL / max(steps, 1.0)
+
+
+def convert(handle: ContributionTokenDroppingHandle) -> dict[str, Any]:
+    """Put the packed engine in the encoder's place, with the predictors and thresholds as they are.
+
+    Returns:
+        ``{"layers": [...], "predictor_width": w, "protect_first": k, "protect_tokens": [...]}``; thresholds and weights
+        are in the model's state.
+    """
+    soft, config = handle.policy, handle.config
+    _clamp(soft)
+    policy = _new_policy(handle.model, _structure(soft.layers, config))
+    policy.predictors = soft.predictors
+    policy.eta_K, policy.scale = soft.eta_K.detach().clone(), soft.scale.detach().clone()
+    handle.tape.detach()
+    handle.recorder.detach()
+    deploy_policy(handle.model, policy, config.protect_tokens, handle.ledger)
+    return _structure(soft.layers, config)
+
+
+def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
+    """Rebuild predictors, thresholds and the packed engine on a fresh, possibly meta-device model.
+
+    Raises:
+        PlanError: If the structure does not fit the model.
+    """
+    return restore_policy(model, structure, _new_policy)
+
+
+def _new_policy(model: nn.Module, structure: Mapping[str, Any]) -> ContributionPolicy:
+    hidden_size = check_can_drop(model).hidden_size
+    return ContributionPolicy(
+        hidden_size, structure["layers"], structure["predictor_width"], structure["protect_first"]
+    )
+
+
+def _structure(layers: tuple[int, ...], config: ContributionTokenDroppingConfig) -> dict[str, Any]:
+    return {
+        "layers": list(layers),
+        "predictor_width": config.predictor_width,
+        "protect_first": config.protect_first,
+        "protect_tokens": list(config.protect_tokens),
+    }
+
+
+def _slope(config: ContributionTokenDroppingConfig, progress: float) -> float:
+    """Return lambda: geometric over the ramp.
+
+    Departs from the paper: the official code sets it once an epoch, after the step that should have used it
+    (specification §1.7, 2).
+    """
+    share = (progress - config.dense_share) / (config.ramp_end - config.dense_share)
+    return config.slope_start * (config.slope_end / config.slope_start) ** min(max(share, 0.0), 1.0)
+
+
+@torch.no_grad()
+def _steer(handle: ContributionTokenDroppingHandle) -> None:
+    """Follow the target: by the multiplier while thresholds learn, by their common scale once they rest."""
+    if handle.config.target is None or handle.phase == "warmup":
+        return
+    excess = handle.ratio / handle.scheduled_target - 1.0
+    if handle.phase == "ramp":
+        handle.multiplier = min(max(handle.multiplier + _DUAL_RATE * excess, 0.0), _MULTIPLIER_LIMIT)
+    else:
+        handle.policy.scale.mul_(1.0 + _CORRECTION_RATE * min(max(excess, -1.0), 1.0)).clamp_(*_SCALE_RANGE)
+
+
+@torch.no_grad()
+def _clamp(policy: SoftContributionPolicy) -> None:
+    policy.eta_K.clamp_(*_ETA_RANGE)
+    policy.theta_K.clamp_(min=_THETA_FLOOR)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,166 @@
+"""What both policies of token dropping share: which models can drop, and how a policy gets in, out and back.
+
+The next chapters are :mod:`lightning_compress.methods.contribution_token_dropping` and
+:mod:`lightning_compress.runtime`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import Anatomy, describe
+from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.surgery import Ledger, get_module
+from lightning_compress.plan import PlanError
+from lightning_compress.runtime import PackedEncoder
+
+__all__ = [
+    "TokenGuard",
+    "check_can_drop",
+    "chosen_layers",
+    "deploy_policy",
+    "encoder_path",
+    "install_policy",
+    "restore_policy",
+]
+
+_ATTENTION = ("sdpa", "eager")
+
+
+def check_can_drop(model: nn.Module) -> Anatomy:
+    """Return the anatomy of a model whose encoder can lose tokens.
+
+    Raises:
+        ValueError: If it is a decoder, has a head that reads every token, or none, or an attention implementation
+            that takes no bias.
+    """
+    anatomy = describe(model)
+    name = type(model).__name__
+    if anatomy.is_decoder or not anatomy.is_post_norm or anatomy.encoder is None:
+        raise ValueError(
+            f"{name} is not an encoder like BERT's: tokens can be dropped from BERT, RoBERTa, DistilBERT and ELECTRA"
+        )
+    if anatomy.head is None or anatomy.is_head_per_token:
+        reads = "has no head" if anatomy.head is None else "has a head that reads every token"
+        raise ValueError(
+            f"{name} {reads}, so tokens cannot be spared: token dropping is for models that classify or score a whole "
+            "text, e.g. AutoModelForSequenceClassification"
+        )
+    attention = getattr(model.config, "_attn_implementation", "sdpa")
+    if attention not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation={attention!r} takes no bias per key: load the model with attn_implementation='sdpa' "
+            "to train it; the packed engine chooses its own kernel afterwards"
+        )
+    return anatomy
+
+
+def chosen_layers(anatomy: Anatomy, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the layers before which tokens may leave, ascending; all if None.
+
+    Raises:
+        ValueError: If there is none, or one does not exist.
+    """
+    count = len(anatomy.layers)
+    chosen = tuple(range(count)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise ValueError(f"layers={layers} must name layers from 0 to {count - 1}, at least one")
+    return chosen
+
+
+def encoder_path(model: nn.Module) -> str:
+    """Return the path of the module that holds the layers."""
+    path = describe(model).encoder
+    assert path is not None, "only encoders come here"
+    return path
+
+
+class TokenGuard:
+    """A hook of the embeddings that tells a policy which tokens are protected for what they are."""
+
+    def __init__(self, policy: nn.Module, token_ids: Sequence[int]) -> None:
+        self.policy = policy
+        self.token_ids = tuple(token_ids)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note where the protected ids are."""
+        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids_BT, Tensor):
+            self.policy.guarded_BT = torch.isin(ids_BT, torch.tensor(self.token_ids, device=ids_BT.device))
+
+
+def install_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[int]) -> Ledger:
+    """Put a trainable policy into the encoder.
+
+    Raises:
+        ValueError: If the model is packed already.
+    """
+    path = encoder_path(model)
+    encoder = get_module(model, path)
+    if isinstance(encoder, PackedEncoder):
+        raise ValueError("the model is packed: call lightning_compress.unpack(model) before compressing it")
+    _place(policy, encoder)
+    ledger = Ledger(model)
+    ledger.replace(path, DroppingEncoder(encoder, policy))
+    _guard(model, policy, protect_tokens)
+    return ledger
+
+
+def deploy_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[int], ledger: Ledger) -> None:
+    """Put the packed engine, with a policy to deploy, in the encoder's place."""
+    path = encoder_path(model)
+    encoder = get_module(model, path)
+    _place(policy, encoder)
+    _unguard(model)
+    if isinstance(encoder, DroppingEncoder):
+        ledger.replace(path, encoder.family)
+    packed = PackedEncoder(model, describe(model))  # type: ignore[arg-type]
+    packed.policy = policy
+    ledger.replace(path, packed)
+    _guard(model, policy, protect_tokens)
+
+
+def restore_policy(
+    model: nn.Module,
+    structure: Mapping[str, Any],
+    new_policy: Callable[[nn.Module, Mapping[str, Any]], nn.Module],
+) -> Ledger:
+    """Rebuild a deployed policy and the packed engine on a fresh, possibly meta-device model.
+
+    Raises:
+        PlanError: If the structure does not fit the model.
+    """
+    try:
+        chosen_layers(check_can_drop(model), structure["layers"])
+        with torch.device(next(model.parameters()).device):
+            policy = new_policy(model, structure)
+        protect_tokens = [int(token) for token in structure["protect_tokens"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan of dropped tokens does not fit the model: {error}") from error
+    ledger = Ledger(model)
+    deploy_policy(model, policy, protect_tokens, ledger)
+    return ledger
+
+
+def _place(policy: nn.Module, encoder: nn.Module) -> None:
+    weight = next(encoder.parameters())
+    for module in policy.modules():
+        if isinstance(module, nn.Linear):
+            module.to(device=weight.device, dtype=weight.dtype)
+    policy.to(weight.device)
+
+
+def _guard(model: nn.Module, policy: nn.Module, token_ids: Sequence[int]) -> None:
+    if token_ids:
+        embeddings = get_module(model, describe(model).embeddings)
+        embeddings.register_forward_pre_hook(TokenGuard(policy, token_ids), with_kwargs=True)
+
+
+def _unguard(model: nn.Module) -> None:
+    hooks = get_module(model, describe(model).embeddings)._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGuard)]:
+        del hooks[key]

@@ -1,0 +1,319 @@
+"""The cast of ContributionTokenDropping: a predictor per layer, learned thresholds, and the soft removal.
+
+:class:`ContributionPolicy` is what is deployed; :class:`SoftContributionPolicy` trains it inside a
+:class:`~lightning_compress.nn.dropping.DroppingEncoder`. The next chapter is
+:mod:`lightning_compress.losses.contribution_token_dropping`.
+
+Shape legend: B batch, T padded length, N packed rows, D hidden size, K layers that decide.
+
+Paper: AdapLeR (arXiv 2203.08991); equations after its official code, specification §1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.segments import Segments, segment_softmax
+from lightning_compress.nn.tape import Tape
+
+__all__ = [
+    "ContributionPolicy",
+    "ContributionPredictor",
+    "ContributionShares",
+    "ExpectedTokens",
+    "SoftContributionPolicy",
+    "masked_shares",
+    "soft_removal",
+]
+
+_INIT_STD = 0.02
+_SOFTNESS = 0.1
+"""Beta: how much a token above the threshold is still disfavoured while training."""
+_HIDDEN = -1e4
+"""Bias of a key that nobody sees; finite, and in the range of fp16."""
+_GONE = 1e-6
+"""A token with less than this survival is out."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContributionShares:
+    """What the predictor before a layer says of the tokens that got there."""
+
+    layer: int
+    """Index of the layer, from 0."""
+    share_BT: Tensor
+    """Predicted contribution; sums to 1 over the survivors. Gradients reach the predictor; the encoder if wanted."""
+    survival_BT: Tensor
+    """How much of each token got to this layer, in [0, 1]; a constant."""
+    bias_BT: Tensor
+    """Key bias of the layer's attention as it is run, with gradients."""
+    threshold_bias_BT: Tensor
+    """The same value as a function of the thresholds alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedTokens:
+    """How many tokens enter a layer's attention, as a function of the thresholds alone."""
+
+    layer: int
+    """Index of the layer, from 0."""
+    count_B: Tensor
+    """Sum of survivals, the first token included."""
+
+
+class ContributionPredictor(nn.Sequential):
+    """A small MLP that scores each token, ``D -> width -> 1``.
+
+    Paper: AdapLeR's contribution predictor, specification §1.1.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
+        for linear in (self[0], self[2]):
+            nn.init.trunc_normal_(linear.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs (2 MACs) per token."""
+        return 2 * sum(linear.in_features * linear.out_features for linear in (self[0], self[2]))
+
+
+class ContributionPolicy(nn.Module):
+    """Keeps a token if its predicted share is at least ``scale * eta / n`` of ``n`` survivors.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        layers: Indices of the layers before which tokens may leave, from 0, ascending.
+        width: Neurons of each predictor.
+        protect_first: How many tokens at the start never leave, at least 1.
+
+    Paper: AdapLeR's hard rule, specification §1.3.
+    """
+
+    eta_K: Tensor
+    scale: Tensor
+
+    def __init__(self, hidden_size: int, layers: Sequence[int], width: int, protect_first: int = 1) -> None:
+        super().__init__()
+        self.predictors = nn.ModuleDict({str(i): ContributionPredictor(hidden_size, width) for i in layers})
+        self.protect_first = protect_first
+        self.guarded_BT: Tensor | None = None
+        """Tokens protected for what they are, in the running pass."""
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._install_thresholds()
+
+    def _install_thresholds(self) -> None:
+        self.register_buffer("eta_K", torch.ones(len(self._place)))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that decide, ascending."""
+        return tuple(self._place)
+
+    def flops_per_token_of(self, layer: int) -> int:
+        """FLOPs per token that arrives before ``layer``, for scoring it."""
+        return self._predictor(layer).flops_per_token if layer in self._place else 0
+
+    def protected(self, real_BT: Tensor) -> Tensor:
+        """Return the first tokens of each sequence, and tokens protected for what they are."""
+        protected_BT = real_BT & (real_BT.cumsum(dim=1) <= self.protect_first)
+        return protected_BT if self.guarded_BT is None else protected_BT | (self.guarded_BT & real_BT)
+
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
+        """Score the rows, and keep those whose share reaches the threshold of their sequence."""
+        place = self._place.get(layer)
+        if place is None:
+            return None
+        logits_N = self._predictor(layer)(hidden_ND).squeeze(-1)
+        threshold_B = (self.eta_K[place] * self.scale).float() / segments.lengths_B
+        share_N = segment_softmax(logits_N, segments)
+        if segments.num_sequences == 1:
+            keep_N = share_N >= threshold_B
+        else:
+            keep_N = share_N >= threshold_B[segments.sequence_N]
+        if segments.protected_N is not None:
+            keep_N |= segments.protected_N
+        keep_N[segments.firsts_B] = True
+        return keep_N
+
+    def _predictor(self, layer: int) -> ContributionPredictor:
+        predictor = self.predictors[str(layer)]
+        assert isinstance(predictor, ContributionPredictor)
+        return predictor
+
+
+@dataclass
+class _Pass:
+    """One forward pass, layer by layer; the same numbers twice, once as functions of the thresholds alone."""
+
+    real_BT: Tensor
+    fixed_BT: Tensor
+    survival_BT: Tensor
+    bias_BT: Tensor
+    threshold_survival_BT: Tensor
+    threshold_bias_BT: Tensor
+
+
+class SoftContributionPolicy(ContributionPolicy):
+    """The trainable policy: soft while training, hard in evaluation.
+
+    Gradients of the task reach the encoder and the predictors through the predicted shares, and the thresholds
+    ``eta`` (and ``theta``) with shares held still, so that in a single backward pass nothing that is a function of the
+    thresholds alone reaches the encoder.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        layers: Indices of the layers before which tokens may leave.
+        width: Neurons of each predictor.
+        protect_first: How many tokens at the start never leave.
+        threshold: Where ``eta`` starts.
+        tape: Where records go.
+        shares_reach_encoder: Whether gradients of the recorded shares reach the encoder.
+
+    Paper: AdapLeR, specification §1.2; ``theta`` scales the first token's saliency and learns like a factor of
+    its share.
+    """
+
+    eta_K: nn.Parameter  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        width: int,
+        protect_first: int,
+        *,
+        threshold: float,
+        tape: Tape,
+        shares_reach_encoder: bool,
+    ) -> None:
+        self._threshold = threshold
+        super().__init__(hidden_size, layers, width, protect_first)
+        self.tape = tape
+        self.shares_reach_encoder = shares_reach_encoder
+        self.is_active = False
+        self.slope = 1.0
+
+    def _install_thresholds(self) -> None:
+        self.eta_K = nn.Parameter(torch.full((len(self._place),), self._threshold))
+        self.theta_K = nn.Parameter(torch.ones(len(self._place)))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights that are deployed, without biases: the predictors'."""
+        return sum(p.numel() for name, p in self.predictors.named_parameters() if name.endswith("weight"))
+
+    def begin(self, real_BT: Tensor) -> _Pass:
+        """Start with every real token alive."""
+        alive_BT = real_BT.float()
+        bias_BT = torch.zeros_like(alive_BT).masked_fill(~real_BT, _HIDDEN)
+        return _Pass(real_BT, self.protected(real_BT), alive_BT, bias_BT, alive_BT, bias_BT)
+
+    def remove(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
+        """Decide before ``layer``, write what losses need to know, and return the bias of each key."""
+        place = self._place.get(layer)
+        if place is None:
+            survival_BT = state.threshold_survival_BT if self.training else state.survival_BT
+            self.tape.write(ExpectedTokens(layer, survival_BT.sum(dim=1)))
+            return state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
+        if not self.training:
+            return self._remove_hard(layer, place, hidden_BTD, state)
+        return self._remove_softly(layer, place, hidden_BTD, state)
+
+    def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
+        logits_BT = self._predictor(layer)(hidden_BTD).squeeze(-1).float()
+        share_BT = masked_shares(logits_BT, state.survival_BT)
+        threshold_B1 = (self.eta_K[place] * self.scale).float() / state.survival_BT.sum(dim=1, keepdim=True)
+        keep_BT = (share_BT >= threshold_B1) | state.fixed_BT
+        state.survival_BT = state.survival_BT * keep_BT
+        state.bias_BT = torch.zeros_like(state.bias_BT).masked_fill(state.survival_BT == 0, -torch.inf)
+        state.threshold_bias_BT = state.bias_BT.new_zeros(())
+        self.tape.write(ExpectedTokens(layer, state.survival_BT.sum(dim=1)))
+        return state.bias_BT
+
+    def _remove_softly(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
+        predictor = self._predictor(layer)
+        logits_BT = predictor(hidden_BTD).squeeze(-1).float()
+        share_BT = masked_shares(logits_BT, state.survival_BT)
+        shown = logits_BT if self.shares_reach_encoder else predictor(hidden_BTD.detach()).squeeze(-1).float()
+        reached_BT = state.survival_BT.detach()
+        eta = (self.eta_K[place] * self.scale).float()
+        state.survival_BT, state.bias_BT = self._soften(
+            share_BT, eta.detach(), state.survival_BT, state.bias_BT, state
+        )
+        factor = self.theta_K[place] / self.theta_K[place].detach() if layer > 0 else None
+        scaled_BT = _scale_first(share_BT.detach(), factor, state.real_BT)
+        state.threshold_survival_BT, state.threshold_bias_BT = self._soften(
+            scaled_BT, eta, state.threshold_survival_BT, state.threshold_bias_BT, state
+        )
+        bias_BT = state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
+        shares = masked_shares(shown, reached_BT)
+        self.tape.write(ContributionShares(layer, shares, reached_BT, bias_BT, state.threshold_bias_BT))
+        self.tape.write(ExpectedTokens(layer, state.threshold_survival_BT.sum(dim=1)))
+        return bias_BT
+
+    def _soften(
+        self, share_BT: Tensor, eta: Tensor, survival_BT: Tensor, bias_BT: Tensor, state: _Pass
+    ) -> tuple[Tensor, Tensor]:
+        """Return survival and bias after one soft removal."""
+        threshold_B1 = eta / survival_BT.sum(dim=1, keepdim=True)
+        edit_BT = soft_removal(share_BT, threshold_B1, self.slope) * survival_BT
+        edit_BT = edit_BT.masked_fill(state.fixed_BT | ~state.real_BT, 0.0)
+        factor_BT = torch.where(survival_BT > _GONE, edit_BT, torch.zeros_like(edit_BT)).exp()
+        return survival_BT * factor_BT, (bias_BT + edit_BT).clamp_min(_HIDDEN)
+
+
+def masked_shares(logits_BT: Tensor, survival_BT: Tensor) -> Tensor:
+    """Return each token's share of the survivors' softmax, weighted by how much of it survives; sums to 1.
+
+    Padding and tokens that left are exactly 0, whatever their logits.
+
+    Example:
+        >>> masked_shares(torch.tensor([[0.0, 0.0, 99.0]]), torch.tensor([[1.0, 0.5, 0.0]]))
+        tensor([[0.6667, 0.3333, 0.0000]])
+
+    Departs from the paper: the official code runs the softmax over padding too, and underflows where a removed
+    token's logit dominates (specification §1.7, 7).
+    """
+    alive_BT = survival_BT > _GONE
+    shifted_BT = logits_BT.masked_fill(~alive_BT, -torch.inf)
+    weights_BT = (shifted_BT - shifted_BT.detach().amax(dim=1, keepdim=True)).exp() * survival_BT
+    return weights_BT / weights_BT.sum(dim=1, keepdim=True)
+
+
+def soft_removal(share: Tensor, threshold: Tensor, slope: float) -> Tensor:
+    """Return the key bias ``g(p; delta, lambda)``, at most 0: near 0 above the threshold, steep below it.
+
+    ``(lambda / delta) (p - delta) - beta / lambda`` below the threshold, ``(p - 1) beta / (lambda (1 - delta))`` from
+    it on, with ``beta = 0.1``; not below -10000.
+
+    Args:
+        share: Shares p, any shape.
+        threshold: Thresholds delta in (0, 1], of a shape that fits.
+        slope: Lambda, positive.
+
+    Paper: AdapLeR, specification §1.2 step 4.
+
+    Example:
+        >>> soft_removal(torch.tensor([0.0, 0.00625]), torch.tensor(0.0125), slope=10.0)
+        tensor([-10.0100,  -5.0100])
+    """
+    below = (slope / threshold) * (share - threshold) - _SOFTNESS / slope
+    above = (share - 1.0) * _SOFTNESS / (slope * (1.0 - threshold).clamp_min(_GONE))
+    return torch.where(share < threshold, below, above).clamp(_HIDDEN, 0.0)
+
+
+def _scale_first(share_BT: Tensor, factor: Tensor | None, real_BT: Tensor) -> Tensor:
+    """Scale the first token's share by a factor whose value is 1, and renormalise."""
+    if factor is None:
+        return share_BT
+    first_BT = real_BT & (real_BT.cumsum(dim=1) == 1)
+    scaled_BT = torch.where(first_BT, share_BT * factor, share_BT)
+    return scaled_BT / scaled_BT.sum(dim=1, keepdim=True)

@@ -1,0 +1,172 @@
+"""Token dropping in training form: the family's own layers, with a bias per key in the place of a removal.
+
+An encoder keeps its layers and gets a policy that decides, before each layer's attention, which tokens leave. Two
+policies exist, :mod:`lightning_compress.nn.contribution_token_dropping` is the next chapter; both are run for real, on
+rows that were moved together, by :mod:`lightning_compress.runtime`.
+
+Shape legend: B batch, T padded length, N packed rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from lightning_compress.nn.segments import Segments
+
+__all__ = ["DroppingEncoder", "InputRecorder", "KeepPolicy", "TrainingPolicy", "real_tokens"]
+
+_SEEN = -1.0
+"""Additive masks are 0 where a key is seen, and far below this where it is not."""
+
+
+@runtime_checkable
+class KeepPolicy(Protocol):
+    """Decides over packed rows which tokens stay; an ``nn.Module``."""
+
+    def protected(self, real_BT: Tensor) -> Tensor:
+        """Return the tokens that never leave, bool ``[B, T]``; the first one of each sequence at least."""
+        ...
+
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
+        """Return the rows that enter the attention of ``layer``, bool ``[N]``; None if it does not decide."""
+        ...
+
+
+class TrainingPolicy(KeepPolicy, Protocol):
+    """A policy whose decisions can be soft."""
+
+    is_active: bool
+
+    def begin(self, real_BT: Tensor) -> Any:
+        """Return what is to be remembered from layer to layer, at the start of a pass."""
+        ...
+
+    def remove(self, layer: int, hidden_BTD: Tensor, state: Any) -> Tensor:
+        """Update the state by the decision before ``layer``; return the bias of each key, float ``[B, T]``."""
+        ...
+
+
+class DroppingEncoder(nn.Module):
+    """Takes the place of a family's encoder, keeps its layers under their names, and hides dropped tokens as keys.
+
+    In evaluation the policy's decisions are hard, so that exactly the tokens that the packed engine would keep are
+    seen. Tokens that left are still computed, but nobody looks at them.
+
+    Args:
+        encoder: The family's encoder, whose ``layer`` holds the layers.
+        policy: Decides who stays; idle while ``policy.is_active`` is False.
+    """
+
+    def __init__(self, encoder: nn.Module, policy: nn.Module) -> None:
+        super().__init__()
+        self.layer = encoder.layer
+        self.policy = policy
+        self._family = (encoder,)  # in a tuple: not a sub-module
+
+    @property
+    def family(self) -> nn.Module:
+        """The family's own encoder, around the same layers."""
+        return self._family[0]
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run all layers over ``[B, T, D]``."""
+        extra = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
+        policy: Any = self.policy
+        state = None
+        if policy.is_active:
+            state = policy.begin(real_tokens(attention_mask, hidden_states))
+        for index, layer in enumerate(self.layer):  # type: ignore[arg-type]
+            mask = attention_mask
+            if state is not None:
+                bias_BT = policy.remove(index, hidden_states, state)
+                mask = bias_BT[:, None, None, :].to(_compute_dtype(hidden_states))
+            out = layer(hidden_states, mask, **extra)
+            hidden_states = out if isinstance(out, Tensor) else out[0]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+def real_tokens(attention_mask: Tensor | None, hidden_BTD: Tensor) -> Tensor:
+    """Return which tokens are not padding, bool ``[B, T]``.
+
+    Args:
+        attention_mask: What transformers hands to an encoder: None, the user's ``[B, T]``, or ``[B, 1, T, T]``, bool or
+            additive, in which all queries see the same keys.
+        hidden_BTD: The embeddings.
+
+    Raises:
+        ValueError: If the mask has another form.
+
+    Example:
+        >>> real_tokens(torch.tensor([[1, 1, 0]]), torch.zeros(1, 3, 8))
+        tensor([[ True,  True, False]])
+    """
+    if attention_mask is None:
+        return torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        shape = getattr(attention_mask, "shape", None)
+        raise ValueError(
+            f"an attention mask of type {type(attention_mask).__name__} and shape {shape} cannot be read: load the "
+            "model with attn_implementation='sdpa' or 'eager'"
+        )
+    keys_BT = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, 0]
+    if keys_BT.is_floating_point() and attention_mask.dim() == 4:
+        return keys_BT > _SEEN
+    return keys_BT.bool()
+
+
+class InputRecorder:
+    """Remembers the keyword arguments of a model's latest forward pass; copies of the model remember their own.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> recorder = InputRecorder().attach(model)
+        >>> _ = model(torch.zeros(1, 2))
+        >>> list(recorder.inputs)
+        ['input']
+        >>> recorder.detach()
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] = {}
+        self._handle: RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> InputRecorder:
+        """Remember the arguments whenever ``model`` starts its ``forward``; returns the recorder."""
+        self._handle = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        return self
+
+    def detach(self) -> None:
+        """Stop, and forget."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self.inputs = None, {}
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        names = [name for name in inspect.signature(module.forward).parameters if name != "kwargs"]
+        self.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"inputs": {}, "_handle": self._handle}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputRecorder:
+        twin = InputRecorder()
+        memo[id(self)] = twin
+        hooks = self._handle.hooks_dict_ref() if self._handle is not None else None
+        if hooks is not None and id(hooks) in memo:
+            twin._handle = copy.deepcopy(self._handle, memo)
+        return twin
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
