@@ -28,7 +28,7 @@ __all__ = [
 
 _FLOOR = 1e-7
 _DAMPING = 5.0
-"""Weight of the squared excess over the target; damps the multiplier's swings."""
+"""Weight c of the present excess beside the multiplier, which adds up past ones."""
 
 
 def saliency_target(saliency_BT: Tensor, survival_BT: Tensor, theta: Tensor | float = 1.0) -> Tensor:
@@ -85,16 +85,20 @@ def expected_length(counts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(counts)).sum(dim=0).mean()
 
 
-def cost_pressure(ratio: Tensor, target: float, multiplier: float) -> Tensor:
-    """Return ``mu e + e_+^2 / 2`` with the excess ``e = ratio / target - 1``: an augmented Lagrangian.
+def cost_pressure(ratio: Tensor, target: float, multiplier: float, excess: float) -> Tensor:
+    """Return ``(mu + c e_+) (ratio / target - 1)``: an augmented Lagrangian whose strength follows many batches.
 
     Args:
-        ratio: Expected cost over dense cost, a scalar.
+        ratio: Expected cost over dense cost of this batch, a scalar.
         target: The ratio of this moment.
         multiplier: ``mu``, found by dual ascent.
+        excess: ``e``, by how much recent batches together exceeded the target; single batches vary too much.
+
+    Example:
+        >>> cost_pressure(torch.tensor(0.75), target=0.5, multiplier=2.0, excess=0.0)
+        tensor(1.)
     """
-    excess = ratio / target - 1.0
-    return multiplier * excess + 0.5 * _DAMPING * excess.clamp_min(0.0) ** 2
+    return (multiplier + _DAMPING * max(excess, 0.0)) * (ratio / target - 1.0)
 
 
 def terms(handle: Any) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def _length(handle: Any, counts: list[Tensor]) -> Tensor:
         return 0.0 * ratio
     if handle.config.length_weight is not None:
         return handle.config.length_weight * expected_length(counts)
-    return cost_pressure(ratio, handle.scheduled_target, handle.multiplier)
+    return cost_pressure(ratio, handle.scheduled_target, handle.multiplier, handle.excess)
 
 
 def _leak(distance: Tensor, shares: Sequence[ContributionShares]) -> Tensor:

@@ -51,6 +51,7 @@ _THETA_FLOOR = 1e-3
 _TRAVEL = 2.0
 """Thresholds may cross this distance in the ramp, by default."""
 _MAX_NORM = 1.0
+_MEMORY = 0.9
 _DUAL_RATE = 0.3
 _MULTIPLIER_LIMIT = 10.0
 _CORRECTION_RATE = 0.03
@@ -181,10 +182,8 @@ class ContributionTokenDroppingHandle:
     """Learning rate of the thresholds for the coming step."""
     multiplier: float = 1.0
     """Lagrange multiplier of the target."""
-    ratio: float = 1.0
-    """Cost over dense cost in the latest pass, of FLOPs or tokens, whichever the target is of."""
-    tokens_kept: float = 1.0
-    """Share of tokens that entered the layers in the latest pass."""
+    totals: list[float] = field(default_factory=list)
+    """Fading sums over passes: cost, dense cost, tokens in the layers, tokens times layers; batches differ much."""
     _latest: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -197,8 +196,13 @@ class ContributionTokenDroppingHandle:
         return target**share
 
     @property
+    def excess(self) -> float:
+        """How far the latest passes were above the target of this moment, relative to it."""
+        return self.ratio / self.scheduled_target - 1.0
+
+    @property
     def is_on_target(self) -> bool:
-        """Whether thresholds rest and the latest pass cost no more than a tenth above the target."""
+        """Whether thresholds rest and the latest passes cost no more than a tenth above the target."""
         target = self.config.target
         return self.phase == "recovery" and (target is None or self.ratio <= _TOLERANCE * target)
 
@@ -209,14 +213,14 @@ class ContributionTokenDroppingHandle:
     def measure(self, counts_BL: Tensor) -> Tensor:
         """Return cost over dense cost of the latest pass, a differentiable scalar, and note it."""
         lengths_B = self._lengths()
-        tokens = counts_BL.sum() / (lengths_B.sum() * self.num_layers)
-        ratio = tokens
+        cost, dense = counts_BL.sum(), lengths_B.sum() * self.num_layers
+        tokens = torch.stack([cost.detach().double(), dense.double()])
         if self.config.target_tokens is None:
             dense_BL = lengths_B[:, None].expand(-1, self.num_layers)
-            dense = DroppingCosts.of(self.model, policy_flops_per_token=0).flops(dense_BL, lengths_B)
-            ratio = (DroppingCosts.of(self.model).flops(counts_BL, lengths_B).sum() / dense.sum()).float()
-        self._latest = torch.stack([ratio.detach().float(), tokens.detach().float()])
-        return ratio
+            dense = DroppingCosts.of(self.model, policy_flops_per_token=0).flops(dense_BL, lengths_B).sum()
+            cost = DroppingCosts.of(self.model).flops(counts_BL, lengths_B).sum()
+        self._latest = torch.cat([torch.stack([cost.detach().double(), dense.double()]), tokens])
+        return (cost / dense).float()
 
     def _lengths(self) -> Tensor:
         mask_BT = self.recorder.inputs.get("attention_mask")
@@ -234,14 +238,24 @@ class ContributionTokenDroppingHandle:
         ]
 
     def end_pass(self) -> None:
-        """Read what the latest pass cost from the device; processes average it."""
+        """Add what the latest pass cost to fading totals; processes pool theirs."""
         if self._latest is None:
             return
         latest, self._latest = self._latest, None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(latest)
-            latest = latest / dist.get_world_size()
-        self.ratio, self.tokens_kept = latest.tolist()
+        before = self.totals or [0.0] * 4
+        self.totals = [_MEMORY * old + new for old, new in zip(before, latest.tolist(), strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Cost over dense cost in the latest passes, of FLOPs or tokens, whichever the target is of."""
+        return self.totals[0] / self.totals[1] if self.totals else 1.0
+
+    @property
+    def tokens_kept(self) -> float:
+        """Share of tokens that entered the layers in the latest passes."""
+        return self.totals[2] / self.totals[3] if self.totals else 1.0
 
     def pop_stale_moments(self) -> list[nn.Parameter]:
         """Nothing: no parameter changes its meaning."""
@@ -258,12 +272,12 @@ class ContributionTokenDroppingHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, multiplier, and the teacher with the saliencies it gave."""
-        names = ("phase", "progress", "threshold_lr", "multiplier", "ratio", "tokens_kept")
+        names = ("phase", "progress", "threshold_lr", "multiplier", "totals")
         return {**{name: getattr(self, name) for name in names}, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, and the teacher."""
-        for name in ("phase", "progress", "threshold_lr", "multiplier", "ratio", "tokens_kept"):
+        for name in ("phase", "progress", "threshold_lr", "multiplier", "totals"):
             setattr(self, name, state[name])
         self._latest = None
         self.policy.is_active = self.phase != "warmup"
@@ -380,7 +394,7 @@ def _steer(handle: ContributionTokenDroppingHandle) -> None:
     """Follow the target: by the multiplier while thresholds learn, by their common scale once they rest."""
     if handle.config.target is None or handle.phase == "warmup":
         return
-    excess = handle.ratio / handle.scheduled_target - 1.0
+    excess = handle.excess
     if handle.phase == "ramp":
         handle.multiplier = min(max(handle.multiplier + _DUAL_RATE * excess, 0.0), _MULTIPLIER_LIMIT)
     else:
