@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.few_bits import quantize_linears
 from lightning_compress.nn.saliency import SaliencyCache, gradient_saliency
 from lightning_compress.nn.surgery import get_module
 
@@ -96,11 +97,7 @@ class SaliencyTeacher:
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(False)
-        if self.bits is None:
-            return model
-        from lightning_compress.nn.few_bits import quantize_linears  # bitsandbytes takes long to import
-
-        return quantize_linears(model, self.bits)
+        return model if self.bits is None else quantize_linears(model, self.bits)
 
 
 def snapshot(student: nn.Module) -> nn.Module:
