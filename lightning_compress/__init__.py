@@ -17,6 +17,11 @@ from lightning_compress.methods.contribution_token_dropping import ContributionT
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.plan import CompressionPlan, PlanError
 from lightning_compress.runtime import pack, unpack
+from lightning_compress.runtime.dial import (
+    choose_threshold_scale,
+    set_threshold_scale,
+    sweep_threshold_scale,
+)
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks import (
@@ -43,11 +48,14 @@ __all__ = [
     "SoftThresholdRankLossMixin",
     "__version__",
     "attach_plan",
+    "choose_threshold_scale",
     "convert",
     "load",
     "pack",
     "plan_of",
     "save_pretrained",
+    "set_threshold_scale",
+    "sweep_threshold_scale",
     "unpack",
 ]
 

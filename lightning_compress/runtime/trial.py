@@ -1,0 +1,189 @@
+"""One pass over a data set at one setting of the dial: score, FLOPs, and how many tokens each layer kept.
+
+The next chapter is :mod:`lightning_compress.runtime.dial`, which looks for the setting that is wanted.
+
+Shape legend: B sequences, C classes, L layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import find_transformer
+from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.runtime.encoder import PackedEncoder
+from lightning_compress.runtime.packing import packed_encoder
+
+__all__ = [
+    "Batch",
+    "DialPoint",
+    "ScaledPolicy",
+    "Score",
+    "Trial",
+    "check_batch",
+    "dropping_encoder",
+    "kept_counts",
+    "scale_of",
+]
+
+Batch = Mapping[str, Any]
+Score = Callable[[Tensor, Tensor], float]
+"""Of logits ``[B, C]`` and labels ``[B]`` of a whole data set; larger is better."""
+
+
+class ScaledPolicy(Protocol):
+    """What the dial asks of a :class:`~lightning_compress.nn.dropping.KeepPolicy`."""
+
+    scale: Tensor
+    """Factor of all thresholds; a 0-dim buffer, at least 0."""
+
+
+@dataclass(frozen=True)
+class DialPoint:
+    """What one setting of the dial gives on a data set."""
+
+    scale: float
+    """Factor of all thresholds."""
+    score: float
+    """Accuracy, correlation, or what was asked for; larger is better."""
+    flops_ratio: float
+    """FLOPs over those of the model that drops nothing and scores nothing; a ratio of totals over unpadded tokens,
+    with the last layer counted for all kept tokens, as the paper does."""
+    tokens_kept_L: tuple[float, ...]
+    """Share of all tokens that enters each layer's attention."""
+
+
+def dropping_encoder(model: nn.Module) -> PackedEncoder:
+    """Return the packed encoder, with a policy that drops tokens, inside a model.
+
+    Raises:
+        ValueError: If the model does not run packed, or drops no tokens.
+    """
+    encoder = packed_encoder(model)
+    if encoder is None:
+        raise ValueError(
+            f"{type(model).__name__} does not run packed: train it with ContributionTokenDropping and convert it, or "
+            "open one that was saved with lightning_compress.load"
+        )
+    if encoder.policy is None:
+        raise ValueError(
+            f"{type(model).__name__} runs packed but has no policy that drops tokens: train it with "
+            "ContributionTokenDropping first"
+        )
+    return encoder
+
+
+def scale_of(encoder: PackedEncoder) -> Tensor:
+    """Return the buffer with the factor of all thresholds."""
+    return cast(ScaledPolicy, encoder.policy).scale
+
+
+def kept_counts(encoder: PackedEncoder) -> Tensor:
+    """Return how many tokens of each sequence entered each layer in the latest pass, integers ``[B, L]``."""
+    return torch.stack([segments.lengths_B for segments in encoder.latest], dim=1)
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse a batch that the dial cannot be measured with.
+
+    Raises:
+        ValueError: If it is not a mapping, or has no ``"labels"``.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}: give dicts of the model's keyword arguments with 'labels'"
+        )
+    if batch.get("labels") is None:
+        raise ValueError(f"a batch holds {sorted(batch)} but no 'labels': the score is measured with them")
+
+
+class Trial:
+    """A model and a data set, to be measured at one scale after the other.
+
+    Args:
+        model: A token-dropping model that runs packed, or a module that holds one.
+        batches: Keyword arguments of the model with ``"labels"``; kept, so that any iterable will do.
+        score: Of logits and labels, larger is better; None is accuracy, or Pearson's correlation.
+
+    Raises:
+        ValueError: If the model does not run packed or drops no tokens, there is no batch or one without labels, or
+            the model gives several labels at once and ``score`` is None.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], score: Score | None = None) -> None:
+        self.encoder = dropping_encoder(model)
+        self.model: Any = find_transformer(model)[1]
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("there are no batches: give some, as a list or a data loader")
+        for batch in self.batches:
+            check_batch(batch)
+        self.score = score or _default_score(self.model)
+        self.costs = DroppingCosts.of(self.model)
+        self.dense_costs = DroppingCosts.of(self.model, policy_flops_per_token=0)
+        self._names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
+
+    @torch.no_grad()
+    def at(self, scale: float) -> DialPoint:
+        """Measure one setting; the dial is as before afterwards."""
+        buffer, was_training = scale_of(self.encoder), self.model.training
+        before = buffer.clone()
+        self.model.eval()
+        try:
+            buffer.fill_(scale)
+            return self._measure(scale)
+        finally:
+            self.model.train(was_training)
+            buffer.copy_(before)
+
+    def _measure(self, scale: float) -> DialPoint:
+        device = next(self.model.parameters()).device
+        logits, labels, kept, lengths = [], [], [], []
+        for batch in self.batches:
+            inputs = {name: value for name, value in batch.items() if name in self._names}
+            inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+            logits.append(self.model(**inputs).logits.float().cpu())
+            labels.append(batch["labels"].cpu())
+            kept.append(kept_counts(self.encoder).cpu())
+            lengths.append(_lengths(inputs).cpu())
+        kept_BL, lengths_B = torch.cat(kept), torch.cat(lengths)
+        dense_BL = lengths_B[:, None].expand_as(kept_BL)
+        flops = self.costs.flops(kept_BL, lengths_B).sum() / self.dense_costs.flops(dense_BL, lengths_B).sum()
+        shares = (kept_BL.sum(dim=0) / lengths_B.sum()).tolist()
+        score = float(self.score(torch.cat(logits), torch.cat(labels)))
+        return DialPoint(float(scale), score, float(flops), tuple(shares))
+
+
+def _lengths(inputs: Batch) -> Tensor:
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return mask.bool().sum(dim=1)
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+
+
+def _default_score(model: Any) -> Score:
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        raise ValueError("the model gives several labels at once: say what to measure with score=function")
+    is_regression = (
+        model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"
+    )
+    return _correlation if is_regression else _accuracy
+
+
+def _accuracy(logits_BC: Tensor, labels_B: Tensor) -> float:
+    return float((logits_BC.argmax(dim=-1) == labels_B.flatten()).double().mean())
+
+
+def _correlation(logits_BC: Tensor, labels_B: Tensor) -> float:
+    """Pearson's correlation; 0 where one side does not vary."""
+    pair = torch.stack([logits_BC.flatten(), labels_B.flatten().float()]).double()
+    pair = pair - pair.mean(dim=1, keepdim=True)
+    norm = pair.norm(dim=1).prod()
+    return float(pair.prod(dim=0).sum() / norm) if norm > 0 else 0.0
