@@ -3,6 +3,7 @@
 Read `record` for what a run leaves behind, then `page`, `sections` and `figures`; `latency` measures.
 """
 
+from lightning_compress.report.dropping_record import DialRecord, DroppingRecord, TokenText
 from lightning_compress.report.latency import measure_latency, run_bench
 from lightning_compress.report.latency_table import LatencyTable
 from lightning_compress.report.machine import describe_machine, describe_versions
@@ -10,12 +11,15 @@ from lightning_compress.report.page import render_run, write_report
 from lightning_compress.report.record import FinalRecord, LayerRank, RunRecord, ScopeCounts, StepRecord
 
 __all__ = [
+    "DialRecord",
+    "DroppingRecord",
     "FinalRecord",
     "LatencyTable",
     "LayerRank",
     "RunRecord",
     "ScopeCounts",
     "StepRecord",
+    "TokenText",
     "describe_machine",
     "describe_versions",
     "measure_latency",

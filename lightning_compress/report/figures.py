@@ -21,6 +21,7 @@ __all__ = [
     "draw_rank_paths",
     "draw_speedups",
     "draw_tradeoff",
+    "mark_phases",
     "split_path",
 ]
 
@@ -86,7 +87,7 @@ def draw_progress(steps: Sequence[StepRecord], target: Mapping[str, object]) -> 
         for axes, title, values, goal in panels:
             tidy(axes, title)
             axes.plot([step.step for step in steps], values, color=ACCENT, linewidth=2)
-            _mark_phases(axes, steps)
+            mark_phases(axes, steps)
             if isinstance(goal, int | float):
                 axes.axhline(float(goal), color=SECOND, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
                 axes.annotate(
@@ -125,7 +126,7 @@ def draw_rank_paths(steps: Sequence[StepRecord], ranks: Mapping[str, LayerRank])
             style = "-" if index < len(SERIES) else "--"
             color = SERIES[index % len(SERIES)]
             axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1.8, label=place)
-        _mark_phases(axes, steps)
+        mark_phases(axes, steps)
         axes.set(xlabel="step", ylim=(0, 1.08))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -134,8 +135,8 @@ def draw_rank_paths(steps: Sequence[StepRecord], ranks: Mapping[str, LayerRank])
     return draw_svg("paths", "Mean rank of each kind of linear over the steps of training", draw, 8.4, 3.0)
 
 
-def _mark_phases(axes: Axes, steps: Sequence[StepRecord]) -> None:
-    """Draw a line where the name of the phase changes, and write each name at the top of its stretch."""
+def mark_phases(axes: Axes, steps: Sequence[StepRecord], *, named: bool = True) -> None:
+    """Draw a line where the name of the phase changes, and if `named` write each at the top of its stretch."""
     starts = [
         step
         for before, step in zip([None, *steps[:-1]], steps, strict=True)
@@ -144,6 +145,8 @@ def _mark_phases(axes: Axes, steps: Sequence[StepRecord]) -> None:
     for index, start in enumerate(starts):
         if index:
             axes.axvline(start.step, color=MUTED, linewidth=1, linestyle=":")
+        if not named:
+            continue
         axes.annotate(
             start.phase,
             (start.step, 1),

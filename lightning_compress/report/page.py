@@ -1,7 +1,7 @@
 """Writes the report of a run: `report.json`, and one HTML page that needs nothing but itself.
 
-The page answers in the order a reader asks: what was gained, what it cost, whether it is faster on a real
-machine, what the model looks like inside, and how the run got there.
+The page answers in the order a reader asks: what was gained, what it cost, which tokens left, whether it is faster
+on a real machine, what the model looks like inside, and how the run got there.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.report import sections
+from lightning_compress.report.dropping_sections import tokens
 from lightning_compress.report.files import write_text_atomically
 from lightning_compress.report.markup import element, escape
 from lightning_compress.report.record import RunRecord
@@ -90,6 +91,7 @@ def render_page(record: RunRecord) -> str:
         sections.warnings(record),
         sections.size(record),
         sections.quality(record),
+        tokens(record),
         sections.latency(record),
         sections.ranks(record),
         sections.course(record),

@@ -9,11 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_compress.report.dropping_record import DroppingRecord
+from lightning_compress.report.fields import (
+    count_field,
+    mapping_field,
+    number_field,
+    optional_field,
+    text_field,
+)
 from lightning_compress.report.latency_table import LatencyTable
 
 __all__ = ["RECORD_SCHEMA", "FinalRecord", "LayerRank", "RunRecord", "ScopeCounts", "StepRecord"]
 
 RECORD_SCHEMA = 1
+
+_OF_TOKENS = ("tokens_kept", "ratio", "target", "threshold")
+"""Fields of a step that are written only where tokens leave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +45,38 @@ class StepRecord:
     """Rank of each factored linear, by dotted path."""
     loss: dict[str, float] = field(default_factory=dict)
     """Loss terms by name; values that are not finite are kept as NaN."""
+    tokens_kept: float | None = None
+    """Share of tokens that entered the layers in this step's pass; None where tokens do not leave."""
+    ratio: float | None = None
+    """What the target is of (FLOPs or tokens) over dense, in this step's pass."""
+    target: float | None = None
+    """The ratio that was scheduled for this step."""
+    threshold: float | None = None
+    """Mean threshold of the layers that drop."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StepRecord":
         """Rebuild a step; raises ValueError naming the field that is wrong."""
-        losses = _mapping(data, "loss", default={})
+        losses = mapping_field(data, "loss", default={})
         return cls(
-            step=_count(data, "step"),
-            progress=_number(data, "progress", upper=1.0),
-            phase=_text(data, "phase"),
-            size_ratio=_number(data, "size_ratio"),
-            flops_ratio=_number(data, "flops_ratio"),
+            step=count_field(data, "step"),
+            progress=number_field(data, "progress", upper=1.0),
+            phase=text_field(data, "phase"),
+            size_ratio=number_field(data, "size_ratio"),
+            flops_ratio=number_field(data, "flops_ratio"),
             ranks={
-                path: _count(ranks, path) for ranks in [_mapping(data, "ranks", default={})] for path in ranks
+                path: count_field(ranks, path)
+                for ranks in [mapping_field(data, "ranks", default={})]
+                for path in ranks
             },
             loss={name: math.nan if value is None else float(value) for name, value in losses.items()},
+            **{name: optional_field(data, name) for name in _OF_TOKENS},
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return vars(self) | {"ranks": dict(self.ranks), "loss": dict(self.loss)}
+        plain = vars(self) | {"ranks": dict(self.ranks), "loss": dict(self.loss)}
+        return {name: value for name, value in plain.items() if name not in _OF_TOKENS or value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +91,9 @@ class ScopeCounts:
     def from_dict(cls, data: Mapping[str, Any]) -> "ScopeCounts":
         """Rebuild the counts; raises ValueError naming the field that is wrong."""
         return cls(
-            linear=_count(data, "linear"), encoder=_count(data, "encoder"), total=_count(data, "total")
+            linear=count_field(data, "linear"),
+            encoder=count_field(data, "encoder"),
+            total=count_field(data, "total"),
         )
 
 
@@ -111,9 +136,9 @@ class FinalRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "FinalRecord":
         """Rebuild the result; raises ValueError naming the field that is wrong."""
-        parameters, flops = _mapping(data, "parameters"), _mapping(data, "flops")
+        parameters, flops = mapping_field(data, "parameters"), mapping_field(data, "flops")
         sizes = data.get("bytes_on_disk")
-        ranks = _mapping(data, "ranks", default={})
+        ranks = mapping_field(data, "ranks", default={})
         malformed = [
             path for path, row in ranks.items() if not isinstance(row, list | tuple) or len(row) != 3
         ]
@@ -122,11 +147,11 @@ class FinalRecord:
                 f"ranks of {malformed[0]!r} are {ranks[malformed[0]]!r}: expected [rank, full rank, kept]"
             )
         return cls(
-            dense=ScopeCounts.from_dict(_mapping(parameters, "dense")),
-            compressed=ScopeCounts.from_dict(_mapping(parameters, "compressed")),
-            dense_flops=_number(flops, "dense"),
-            compressed_flops=_number(flops, "compressed"),
-            bytes_on_disk=None if sizes is None else {name: _count(sizes, name) for name in sizes},
+            dense=ScopeCounts.from_dict(mapping_field(parameters, "dense")),
+            compressed=ScopeCounts.from_dict(mapping_field(parameters, "compressed")),
+            dense_flops=number_field(flops, "dense"),
+            compressed_flops=number_field(flops, "compressed"),
+            bytes_on_disk=None if sizes is None else {name: count_field(sizes, name) for name in sizes},
             ranks={path: LayerRank(*row) for path, row in ranks.items()},
         )
 
@@ -155,6 +180,8 @@ class RunRecord:
     metrics: dict[str, dict[str, float] | None] = field(default_factory=dict)
     """Test metrics under `"dense"` and `"compressed"`; None where not measured."""
     latency: LatencyTable | None = None
+    dropping: DroppingRecord | None = None
+    """Which tokens left where; None where tokens do not leave, or no text was seen."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -176,17 +203,18 @@ class RunRecord:
             raise ValueError(
                 f"the record has unknown fields {unknown}: known are {sorted(cls.__dataclass_fields__)}"
             )
-        final, latency = data.get("final"), data.get("latency")
+        final, latency, dropping = data.get("final"), data.get("latency"), data.get("dropping")
         return cls(
-            model_type=_text(data, "model_type"),
+            model_type=text_field(data, "model_type"),
             methods=[dict(method) for method in data.get("methods", [])],
-            target=dict(_mapping(data, "target", default={})),
+            target=dict(mapping_field(data, "target", default={})),
             steps=[StepRecord.from_dict(step) for step in data.get("steps", [])],
             final=None if final is None else FinalRecord.from_dict(final),
-            metrics={name: m and dict(m) for name, m in _mapping(data, "metrics", default={}).items()},
+            metrics={name: m and dict(m) for name, m in mapping_field(data, "metrics", default={}).items()},
             latency=None if latency is None else LatencyTable.from_dict(latency),
-            machine=dict(_mapping(data, "machine", default={})),
-            versions=dict(_mapping(data, "versions", default={})),
+            dropping=None if dropping is None else DroppingRecord.from_dict(dropping),
+            machine=dict(mapping_field(data, "machine", default={})),
+            versions=dict(mapping_field(data, "versions", default={})),
             warnings=[str(warning) for warning in data.get("warnings", [])],
         )
 
@@ -197,7 +225,8 @@ class RunRecord:
             "final": None if self.final is None else self.final.to_dict(),
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
-        return _jsonable(plain)
+        dropping = plain.pop("dropping")
+        return _jsonable(plain if dropping is None else plain | {"dropping": dropping.to_dict()})
 
     def to_json(self) -> str:
         """Return `to_dict` as indented JSON text."""
@@ -211,35 +240,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(data: Mapping[str, Any], name: str, upper: float = math.inf) -> float:
-    value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= upper:
-        raise ValueError(f"field {name!r} is {value!r}: expected a number in [0, {upper:g}]")
-    if not math.isfinite(value):
-        raise ValueError(f"field {name!r} is {value!r}: expected a finite number")
-    return float(value)
-
-
-def _count(data: Mapping[str, Any], name: str) -> int:
-    value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"field {name!r} is {value!r}: expected a whole number of at least 0")
-    return value
-
-
-def _text(data: Mapping[str, Any], name: str) -> str:
-    value = data.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"field {name!r} is {value!r}: expected a text")
-    return value
-
-
-def _mapping(
-    data: Mapping[str, Any], name: str, default: Mapping[str, Any] | None = None
-) -> Mapping[str, Any]:
-    value = data.get(name, default)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"field {name!r} is {value!r}: expected a mapping")
-    return value

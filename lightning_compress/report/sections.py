@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lightning_compress.report import figures
+from lightning_compress.report.dropping_figures import draw_dropping_course
 from lightning_compress.report.latency_table import LatencyTable, Speedup
 from lightning_compress.report.markup import (
     count,
@@ -55,7 +56,11 @@ def lead(record: RunRecord) -> str:
 
 def _wish(name: str, value: object) -> str:
     """One entry of the target: `target_params` 0.5 reads '50.0 % of the parameters'."""
-    of = {"target_params": "of the parameters", "target_flops": "of the FLOPs"}
+    of = {
+        "target_params": "of the parameters",
+        "target_flops": "of the FLOPs",
+        "target_tokens": "of the tokens",
+    }
     if name in of and isinstance(value, int | float):
         return f"{percent(value)} {of[name]}"
     return f"{name.replace('_', ' ')} {_plain(value)}"
@@ -65,7 +70,12 @@ def tiles(record: RunRecord) -> str:
     """Return the few numbers that matter, large."""
     found: list[tuple[str, str, str]] = []
     if record.final is not None:
-        found += _size_tiles(record.final)
+        size_tile, flops_tile = _size_tiles(record.final)
+        found += [flops_tile] if _has_all_weights(record) else [size_tile, flops_tile]
+    if record.dropping is not None:
+        kept, last = record.dropping.mean_kept, record.dropping.layers[-1]
+        detail = f"on average over the layers; {percent(last)} in the last"
+        found.append(("Tokens kept", percent(kept), detail))
     metric = _main_metric(record)
     if metric is not None:
         found.append((metric.capitalize(), *_metric_tile(metric, record)))
@@ -78,6 +88,13 @@ def tiles(record: RunRecord) -> str:
         )
         cells += element("div", element("dt", escape(name)) + element("dd", inner), class_="tile")
     return element("dl", cells, class_="tiles") if cells else ""
+
+
+def _has_all_weights(record: RunRecord) -> bool:
+    """Whether only tokens left: no linear is smaller, and predictors came on top."""
+    final = record.final
+    is_dropping = record.dropping is not None or any(step.tokens_kept is not None for step in record.steps)
+    return is_dropping and final is not None and final.compressed.linear >= final.dense.linear
 
 
 def _size_tiles(final: FinalRecord) -> list[tuple[str, str, str]]:
@@ -176,6 +193,13 @@ def size(record: RunRecord) -> str:
         factor = times(_ratio(disk["dense"], disk["compressed"]))
         rows.append(["On disk", bytes_(disk["dense"]), bytes_(disk["compressed"]), percent(ratio), factor])
     note = "Embeddings belong to the whole model only. FLOPs are 2 × multiply-adds over unpadded tokens."
+    if record.dropping is not None:
+        kept = record.dropping.mean_kept
+        rows.append(
+            ["Tokens in a layer", percent(1.0), percent(kept), percent(kept), times(_ratio(1.0, kept))]
+        )
+    if _has_all_weights(record):
+        note += " Tokens leave, weights stay: the model is as large as before, plus what decides who leaves."
     return section(
         "What was gained", table(["", "Dense", "Compressed", "Left", "Smaller by"], rows, caption=note)
     )
@@ -222,8 +246,19 @@ def course(record: RunRecord) -> str:
     steps = _thin(record.steps)
     if len(steps) < 2:
         return ""
-    progress = figures.draw_progress(steps, record.target)
-    parts = [figure(progress, "As it would be deployed at each step; a dotted line marks a change of phase.")]
+    dropping = [step for step in steps if step.tokens_kept is not None]
+    parts = []
+    if len(dropping) > 1:
+        goal = "tokens" if record.target.get("target_tokens") is not None else "FLOPs"
+        caption = (
+            "Expected over the batch of each step, softly while the thresholds learn; a dotted line marks a "
+            "change of phase."
+        )
+        parts.append(figure(draw_dropping_course(dropping, goal), caption))
+    if not _has_all_weights(record) or not dropping:
+        progress = figures.draw_progress(steps, record.target)
+        caption = "As it would be deployed at each step; a dotted line marks a change of phase."
+        parts.append(figure(progress, caption))
     known = record.final.ranks if record.final is not None else {}
     if known and any(set(known) <= set(step.ranks) for step in steps):
         paths = figures.draw_rank_paths(steps, known)

@@ -54,6 +54,30 @@ summary { cursor: pointer; color: var(--muted); }
 code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
 pre { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: .8rem 1rem;
   overflow-x: auto; }
+.texts { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; margin: .8rem 0 0;
+  padding: .9rem 1.1rem 1rem; }
+.texts article { border-top: 1px solid var(--edge); padding: .7rem 0 .8rem; }
+.texts article:last-child { padding-bottom: 0; }
+.texts details { margin-top: 0; }
+.texts p { max-width: none; margin: 0; }
+.verdict, .legend { color: var(--muted); font-size: .82rem; }
+.verdict b { color: var(--ink); font-weight: 600; }
+.texts .legend { margin-bottom: .7rem; }
+.legend span:first-child { margin-right: .5rem; }
+.tokens { line-height: 1.85; margin-top: .3rem; overflow-wrap: anywhere; }
+.tokens small { font-size: .72em; letter-spacing: .02em; }
+.tokens span, .legend span[title] { padding: .1em .18em; border-radius: 4px; color: var(--muted);
+  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.legend span[title] { display: inline-block; min-width: 1.7em; text-align: center; }
+.texts .s0 { background: none; }
+.texts .s1 { background: color-mix(in srgb, var(--accent) 5%, transparent); }
+.texts .s2 { background: color-mix(in srgb, var(--accent) 9%, transparent); }
+.texts .s3 { background: color-mix(in srgb, var(--accent) 14%, transparent); }
+.texts .s4 { background: color-mix(in srgb, var(--accent) 20%, transparent); }
+.texts .s5 { background: color-mix(in srgb, var(--accent) 27%, transparent); }
+.texts .s6 { background: color-mix(in srgb, var(--accent) 40%, transparent); }
+.texts .s3, .texts .s4, .texts .s5, .texts .s6 { color: var(--ink); }
+.texts .s6 { font-weight: 600; }
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
 @media print { figure, .tile { break-inside: avoid; } }
 """

@@ -87,3 +87,31 @@ def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
 def models() -> dict[str, BertForSequenceClassification]:
     """A dense model of two layers and a smaller one of one."""
     return {"dense": tiny_bert(2), "small": tiny_bert(1)}
+
+
+@pytest.fixture
+def dropping_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that drops tokens from a model of three layers."""
+    for index, step in enumerate(run["steps"]):
+        kept = 1.0 - 0.1 * index
+        step.update(phase="ramp" if index < 3 else "recovery", size_ratio=1.0, ranks={})
+        step.update(tokens_kept=kept, ratio=kept, target=kept - 0.02, threshold=0.25 + 0.1 * index)
+    dense, more = run["final"]["parameters"]["dense"], {"encoder": 1_100_000, "total": 3_012_000}
+    run["final"].update(parameters={"dense": dense, "compressed": dense | more}, ranks={}, bytes_on_disk=None)
+    right = {"tokens": ["[CLS]", "great", "##ly", "."], "layers": [3, 3, 1, 0], "label": "positive"}
+    wrong = {"tokens": ["[CLS]", "bad"], "layers": [3, 2], "label": "positive"}
+    run["dropping"] = {
+        "num_texts": 320,
+        "layers": [0.8, 0.5, 0.2],
+        "texts": [right | {"prediction": "positive"}, wrong | {"prediction": "negative"}],
+        "scale": 1.1,
+        "metric": "accuracy",
+        "curve": [
+            {"scale": 0.0, "score": 0.9, "flops_ratio": 1.01},
+            {"scale": 1.1, "score": 0.89, "flops_ratio": 0.5},
+            {"scale": 2.2, "score": 0.8, "flops_ratio": 0.3},
+        ],
+    }
+    run["target"] = {"target_flops": 0.5}
+    run["methods"] = [{"method": "contribution_token_dropping", "config": {"target_flops": 0.5}}]
+    return run

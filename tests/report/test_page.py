@@ -45,7 +45,9 @@ def test_the_page_needs_nothing_but_itself_and_is_well_formed(run: dict):
     assert not re.search(r"https?://|url\((?!#)|@import", text)
 
 
-def test_ids_on_the_page_are_unique(run: dict):
+@pytest.mark.parametrize("kind", ["run", "dropping_run"])
+def test_ids_on_the_page_are_unique(kind: str, request: pytest.FixtureRequest):
+    run = request.getfixturevalue(kind)
     ids = re.findall(r'\bid="([^"]+)"', render_page(RunRecord.from_dict(run)))
     assert ids
     assert len(set(ids)) == len(ids)
@@ -56,6 +58,25 @@ def test_light_and_dark_are_both_styled(run: dict):
     assert "prefers-color-scheme: dark" in text
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
     assert used <= set(re.findall(r"(--[\w-]+):", text))
+
+
+def test_a_page_about_tokens_is_well_formed_and_needs_nothing_but_itself(dropping_run: dict):
+    text = render_page(RunRecord.from_dict(dropping_run))
+    checker = Balance()
+    checker.feed(text)
+    assert checker.open == []
+    assert "article" in checker.seen
+    assert not re.search(r"https?://|url\((?!#)|@import", text)
+
+
+def test_every_text_about_tokens_is_escaped(dropping_run: dict):
+    evil = "<script>x</script>"
+    dropping_run["dropping"]["metric"] = evil
+    for text in dropping_run["dropping"]["texts"]:
+        text.update(tokens=[evil] * len(text["tokens"]), label=evil, prediction="no" + evil)
+    page = render_page(RunRecord.from_dict(dropping_run))
+    assert "<script" not in page.lower()
+    assert page.count("&lt;script&gt;") > 5
 
 
 def test_every_text_of_the_record_is_escaped(run: dict):
