@@ -97,10 +97,15 @@ def install_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence
     """Put a trainable policy into the encoder.
 
     Raises:
-        ValueError: If the model is packed already.
+        ValueError: If the model is packed already, or drops tokens by another policy.
     """
     path = encoder_path(model)
     encoder = get_module(model, path)
+    if isinstance(encoder, DroppingEncoder):
+        raise ValueError(
+            "ContributionTokenDropping and BottleneckTokenDropping both decide which tokens enter the same layers: "
+            "keep one of the two callbacks"
+        )
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is packed: call lightning_compress.unpack(model) before compressing it")
     _place(policy, encoder)
@@ -149,7 +154,7 @@ def restore_policy(
 def _place(policy: nn.Module, encoder: nn.Module) -> None:
     weight = next(encoder.parameters())
     for module in policy.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.LayerNorm):
             module.to(device=weight.device, dtype=weight.dtype)
     policy.to(weight.device)
 

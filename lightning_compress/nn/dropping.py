@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from lightning_compress.nn.segments import Segments
 
-__all__ = ["DroppingEncoder", "InputRecorder", "KeepPolicy", "TrainingPolicy", "real_tokens"]
+__all__ = ["DroppingEncoder", "InputRecorder", "KeepPolicy", "TrainingPolicy", "compute_dtype", "real_tokens"]
 
 _SEEN = -1.0
 """Additive masks are 0 where a key is seen, and far below this where it is not."""
@@ -89,7 +89,7 @@ class DroppingEncoder(nn.Module):
             mask = attention_mask
             if state is not None:
                 bias_BT = policy.remove(index, hidden_states, state)
-                mask = bias_BT[:, None, None, :].to(_compute_dtype(hidden_states))
+                mask = bias_BT[:, None, None, :].to(compute_dtype(hidden_states))
             out = layer(hidden_states, mask, **extra)
             hidden_states = out if isinstance(out, Tensor) else out[0]
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
@@ -167,6 +167,7 @@ class InputRecorder:
         return twin
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype in which attention over ``hidden`` runs: autocast's where it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,0 +1,267 @@
+"""The cast of BottleneckTokenDropping: a sampler before each layer that decides for each token on its own.
+
+:class:`BottleneckPolicy` is what is deployed; :class:`SoftBottleneckPolicy` trains it inside a
+:class:`~lightning_compress.nn.dropping.DroppingEncoder`. The next chapter is
+:mod:`lightning_compress.losses.bottleneck_token_dropping`.
+
+Shape legend: B batch, T padded length, N packed rows, D hidden size.
+
+Paper: Infor-Coef (arXiv 2305.12458); equations after its official code, specification §2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.dropping import compute_dtype
+from lightning_compress.nn.segments import Segments
+from lightning_compress.nn.tape import Tape, TokensKept
+from lightning_compress.nn.token_policy import TokenPolicy
+
+__all__ = [
+    "BottleneckPolicy",
+    "SampledTokens",
+    "SoftBottleneckPolicy",
+    "TokenSampler",
+    "keep_gate",
+    "mask_bias",
+]
+
+_INIT_STD = 0.02
+_INIT_KEEP = 5.0
+"""Bias of the two outputs at the start, + for keep and - for drop: keep with probability sigmoid(10) = 0.99995."""
+_DROP, _KEEP = 0, 1
+_PADDING = -1e4
+"""Bias of keys that are padding; finite, and in the range of fp16."""
+_DROPPED = -30.0
+"""Bias of a dropped key while training: a weight of 1e-13 of what it would have, from which gradients come back."""
+_DROPPED_FP16 = -9.0
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTokens:
+    """What the sampler before a layer decides on, and how."""
+
+    layer: int
+    """Index of the layer, from 0."""
+    hidden_BTD: Tensor
+    """What enters the layer."""
+    keep_BT: Tensor
+    """Probability, or noisy sample, of each token's staying; 1 for protected tokens, 0 for those that left before."""
+    real_BT: Tensor
+    """True for tokens, False for padding."""
+
+
+class TokenSampler(nn.Sequential):
+    """Scores each token on its own, ``LN -> D x width -> LN -> GELU -> width x 2``: drop and keep.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        width: Neurons of the inner layer; D in the paper.
+
+    Paper: Infor-Coef's sampler, specification §2.1.
+
+    Example:
+        >>> TokenSampler(8, width=4).flops_per_token
+        80
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, width),
+            nn.LayerNorm(width),
+            nn.GELU(),
+            nn.Linear(width, 2),
+        )
+        last = self[4]
+        nn.init.normal_(last.weight, std=_INIT_STD)
+        nn.init.normal_(last.bias, std=_INIT_STD)
+        with torch.no_grad():
+            last.bias += torch.tensor([-_INIT_KEEP, _INIT_KEEP]).to(last.bias)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs (2 MACs) per token."""
+        return 2 * sum(linear.in_features * linear.out_features for linear in (self[1], self[4]))
+
+    def log_odds(self, hidden: Tensor) -> Tensor:
+        """Return the log odds of keeping each token, ``[..., D] -> [...]``, in at least fp32."""
+        logits = self(hidden)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return logits[..., _KEEP] - logits[..., _DROP]
+
+
+class BottleneckPolicy(TokenPolicy):
+    """Keeps a token if its odds of being kept are at least ``scale``.
+
+    ``scale`` is the dial: 1 is the more probable of the two, larger values drop more, and below 1 fewer.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        layers: Indices of the layers before which tokens may leave, from 0, ascending.
+        width: Neurons of each sampler.
+        protect_first: How many tokens at the start never leave, at least 1.
+
+    Departs from the paper: the official code draws noise in evaluation too (specification §2.3); here the decision is
+    that of the sampler without noise.
+    """
+
+    def __init__(self, hidden_size: int, layers: Sequence[int], width: int, protect_first: int = 1) -> None:
+        super().__init__(layers, protect_first)
+        self.samplers = nn.ModuleDict({str(i): TokenSampler(hidden_size, width) for i in layers})
+
+    def flops_per_token_of(self, layer: int) -> int:
+        """FLOPs per token that arrives before ``layer``, for scoring it."""
+        return self._sampler(layer).flops_per_token if layer in self.layers else 0
+
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
+        """Score the rows, each on its own, and keep those whose odds reach the scale."""
+        if layer not in self.layers:
+            return None
+        keep_N = self._margin(layer, hidden_ND) >= 0
+        if segments.protected_N is not None:
+            keep_N |= segments.protected_N
+        keep_N[segments.firsts_B] = True
+        return keep_N
+
+    def _margin(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return how far each token's log odds are above those asked for."""
+        log_odds = self._sampler(layer).log_odds(hidden)
+        return log_odds - self.scale.to(log_odds.dtype).log()
+
+    def _sampler(self, layer: int) -> TokenSampler:
+        sampler = self.samplers[str(layer)]
+        assert isinstance(sampler, TokenSampler)
+        return sampler
+
+
+@dataclass
+class _Pass:
+    """One forward pass, layer by layer."""
+
+    real_BT: Tensor
+    fixed_BT: Tensor
+    mask_BT: Tensor
+    """1 where a token is still there, with the gradients of straight-through samples."""
+    sample_BT: Tensor
+    """The soft samples, multiplied up."""
+
+
+class SoftBottleneckPolicy(BottleneckPolicy):
+    """The trainable policy: decisions are sampled while training, and those of deployment in evaluation.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        layers: Indices of the layers before which tokens may leave.
+        width: Neurons of each sampler.
+        protect_first: How many tokens at the start never leave.
+        tape: Where records go.
+        penalize: What losses see of a decision: its probability, or the noisy sample, multiplied up over layers.
+
+    Paper: specification §2.1; straight-through Gumbel-softmax at temperature 1, masks multiplied up over layers.
+    Departs from the paper: padding is never scored, and losses see probabilities by default (§2.7, 2 and 6).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        width: int,
+        protect_first: int,
+        *,
+        tape: Tape,
+        penalize: Literal["probabilities", "samples"] = "probabilities",
+    ) -> None:
+        super().__init__(hidden_size, layers, width, protect_first)
+        self.tape = tape
+        self.penalize = penalize
+        self.is_active = True
+        self.is_noisy = True
+        """Whether decisions are drawn while training, or taken as in deployment."""
+
+    @property
+    def kept_parameters(self) -> int:
+        """Weights that are deployed, without biases: the samplers'."""
+        return sum(p.numel() for name, p in self.samplers.named_parameters() if name.endswith("weight"))
+
+    def begin(self, real_BT: Tensor) -> _Pass:
+        """Start with every real token there."""
+        there_BT = real_BT.float()
+        return _Pass(real_BT, self.protected(real_BT), there_BT, there_BT)
+
+    def remove(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
+        """Decide before ``layer``, write what losses need to know, and return the bias of each key."""
+        if layer in self.layers:
+            self._decide_padded(layer, hidden_BTD, state)
+        self.tape.write(TokensKept(layer, state.mask_BT.detach()))
+        if not self.training:
+            return torch.zeros_like(state.mask_BT).masked_fill(state.mask_BT == 0, -torch.inf)
+        is_fp16 = compute_dtype(hidden_BTD) == torch.float16
+        bias_BT = mask_bias(state.mask_BT, _DROPPED_FP16 if is_fp16 else _DROPPED)
+        return bias_BT.masked_fill(~state.real_BT, _PADDING)
+
+    def _decide_padded(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> None:
+        margin_BT = self._margin(layer, hidden_BTD)
+        if not self.training:
+            state.mask_BT = state.mask_BT * ((margin_BT >= 0) | state.fixed_BT)
+            return
+        gate_BT, sample_BT = keep_gate(margin_BT, self.is_noisy)
+        reached_BT = state.mask_BT.detach()
+        state.mask_BT = state.mask_BT * gate_BT.masked_fill(state.fixed_BT, 1.0)
+        state.sample_BT = state.sample_BT * sample_BT.masked_fill(state.fixed_BT, 1.0)
+        keep_BT = state.sample_BT
+        if self.penalize == "probabilities":
+            keep_BT = margin_BT.sigmoid().masked_fill(state.fixed_BT, 1.0) * reached_BT
+        self.tape.write(SampledTokens(layer, hidden_BTD, keep_BT, state.real_BT))
+
+
+def keep_gate(log_odds: Tensor, is_noisy: bool = True) -> tuple[Tensor, Tensor]:
+    """Return straight-through decisions, 1 or 0 with the gradient of a soft sample, and that sample.
+
+    A Gumbel-softmax over two classes at temperature 1 is a sigmoid whose argument has logistic noise. A decision is 1
+    with probability ``sigmoid(log_odds)``; without noise it is 1 where that is at least a half.
+
+    Args:
+        log_odds: Log odds of keeping, any shape.
+        is_noisy: Whether to draw noise.
+
+    Paper: specification §2.1, mask.
+
+    Example:
+        >>> gate, sample = keep_gate(torch.tensor([0.5, -0.5]), is_noisy=False)
+        >>> gate, sample
+        (tensor([1., 0.]), tensor([0.6225, 0.3775]))
+    """
+    if is_noisy:
+        tiny = torch.finfo(log_odds.dtype).eps
+        uniform = torch.rand_like(log_odds).clamp(tiny, 1.0 - tiny)
+        log_odds = log_odds + uniform.log() - (-uniform).log1p()
+    sample = log_odds.sigmoid()
+    return (log_odds >= 0).to(sample.dtype) + (sample - sample.detach()), sample
+
+
+def mask_bias(mask: Tensor, dropped: float = _DROPPED) -> Tensor:
+    """Return the bias of keys under which attention is a masked softmax, in value and in gradient.
+
+    The masked softmax ``alpha_j = z_j e^c_j / sum_k z_k e^c_k`` has a finite derivative at ``z_k = 0``, where
+    ``log z_k`` has none. A bias of ``dropped`` leaves a key ``e^dropped`` of its weight, too little to see, and the
+    slope ``e^-dropped`` multiplies what comes back through it: the derivative is that of the masked softmax.
+
+    Args:
+        mask: 1 for keys that are there and 0 for dropped ones, any shape.
+        dropped: Bias of a dropped key, below 0; ``e^dropped`` must not underflow in the dtype of the attention.
+
+    Paper: specification §2.1, masked softmax whose rows sum to one.
+
+    Example:
+        >>> mask_bias(torch.tensor([1.0, 0.0]))
+        tensor([  0., -30.])
+    """
+    return torch.where(mask > 0.5, mask - 1.0, dropped + math.exp(-dropped) * mask)
