@@ -67,7 +67,7 @@ class LeanLayer:
                 computed and returned, ``[B, D]``. None computes all.
         """
         attended_QA = self._attend(hidden_ND, segments, queries_B)
-        residual_QD = hidden_ND if queries_B is None else hidden_ND[queries_B]
+        residual_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
         output_QD = _dropped(self._output_dropout, _run(self._output.module, attended_QA))
         hidden_QD = _run(self._attention_norm.module, output_QD + residual_QD)
         inner = _run(self._activation.module, _run(self._ffn_in.module, hidden_QD))
@@ -88,7 +88,7 @@ class LeanLayer:
         modules = (self._query.module, self._key.module, self._value.module)
         fused = self._fused.of(modules)
         if fused is None:
-            rows_QD = hidden_ND if queries_B is None else hidden_ND[queries_B]
+            rows_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
             inputs = (rows_QD, hidden_ND, hidden_ND)
             projected = [_run(module, rows) for module, rows in zip(modules, inputs, strict=True)]
         elif queries_B is None:
@@ -96,7 +96,10 @@ class LeanLayer:
         else:
             size, bias_S = fused.sizes[0], fused.bias_S
             both = F.linear(hidden_ND, fused.weight_SD[size:], None if bias_S is None else bias_S[size:])
-            projected = (_run(modules[0], hidden_ND[queries_B]), *both.split(fused.sizes[1:], dim=1))
+            projected = (
+                _run(modules[0], hidden_ND.index_select(0, queries_B)),
+                *both.split(fused.sizes[1:], dim=1),
+            )
         return tuple([rows.unflatten(1, (-1, self.head_dim)) for rows in projected])
 
 

@@ -65,6 +65,7 @@ class PackedEncoder(nn.Module):
         family.train(self.training)
         return family
 
+    @torch.compiler.disable  # shapes depend on values: tracing would break at every step, and gain nothing
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -108,7 +109,9 @@ class PackedEncoder(nn.Module):
         protected_BT = None if self.policy is None else cast(KeepPolicy, self.policy).protected(real_BT)
         segments = Segments.of(real_BT, protected_BT)
         rows = hidden_BTD.flatten(0, 1)
-        return rows if segments.num_rows == rows.shape[0] else rows[segments.origin_N], segments
+        return rows if segments.num_rows == rows.shape[0] else rows.index_select(
+            0, segments.origin_N
+        ), segments
 
     def _blocks(self) -> list[LeanLayer]:
         """Return a lean block per layer, made anew where layers were removed or replaced."""

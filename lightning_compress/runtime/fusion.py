@@ -57,15 +57,14 @@ class FusedLinears:
         """
         if torch.compiler.is_compiling() or not all(map(is_plain, modules)):
             return None
-        parameters = [module._parameters["weight"] for module in modules]
-        biases = [module._parameters["bias"] for module in modules]
-        if biases[0] is not None:
-            parameters += biases
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):  # type: ignore
+        weights: list[Any] = [module._parameters["weight"] for module in modules]
+        biases: list[Any] = [bias for module in modules if (bias := module._parameters["bias"]) is not None]
+        parameters = weights + biases
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return None
         fused = self._fused
-        if fused is None or fused.addresses != tuple([p.data_ptr() for p in parameters]):  # type: ignore
-            self._fused = fused = _fuse(parameters[: len(modules)], biases)
+        if fused is None or fused.addresses != tuple([parameter.data_ptr() for parameter in parameters]):
+            self._fused = fused = _fuse(weights, biases)
         return fused
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,8 +85,10 @@ def is_plain(module: nn.Module) -> bool:
 
 def _fuse(weights: list[Any], biases: list[Any]) -> Fused | None:
     """Put the parameters into one storage, unless they cannot be moved."""
-    groups = [group for group in (weights, biases) if group[0] is not None]
-    if not all(_can_move(parameter, group[0]) for group in groups for parameter in group):
+    groups = [weights, biases] if biases else [weights]
+    if any(len(group) != len(weights) for group in groups) or not all(
+        _can_move(parameter, group[0]) for group in groups for parameter in group
+    ):
         return None
     with torch.inference_mode(False), torch.no_grad():
         wholes = [torch.cat([parameter.data for parameter in group]) for group in groups]
