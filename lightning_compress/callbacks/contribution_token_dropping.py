@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
 
 from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.validation_dial import check_validation, choose_on_validation_data
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig as Config
+from lightning_compress.runtime.trial import DialPoint, check_batch
 
 __all__ = ["ContributionTokenDropping"]
 
@@ -37,11 +42,15 @@ class ContributionTokenDropping(CompressionCallback):
         slope_end: Slope at the end of the ramp; geometric between.
         threshold_init: Where the thresholds start, in units of the mean share, in [0.01, 1].
         threshold_lr: Learning rate of the thresholds; by default such that they can cross their range in the ramp.
+        max_drop: By how much the validation score may be below that with nothing dropped, in [0, 1): at the end of
+            ``fit`` the fastest setting within is chosen on the trainer's validation data, whose batches are
+            dicts with ``"labels"``. By default thresholds stay as trained.
         module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
         convert: Whether to put the packed engine in place when ``fit`` ends.
 
     Raises:
-        ValueError: If an argument is outside its range, or several goals are given.
+        ValueError: If an argument is outside its range, several goals are given, or ``max_drop`` is with
+            ``convert=False``.
 
     Paper: AdapLeR (arXiv 2203.08991).
 
@@ -71,6 +80,7 @@ class ContributionTokenDropping(CompressionCallback):
         slope_end: float = Config.slope_end,
         threshold_init: float = Config.threshold_init,
         threshold_lr: float | None = Config.threshold_lr,
+        max_drop: float | None = Config.max_drop,
         module: str | None = None,
         convert: bool = True,
     ) -> None:
@@ -93,5 +103,35 @@ class ContributionTokenDropping(CompressionCallback):
             slope_end=slope_end,
             threshold_init=threshold_init,
             threshold_lr=threshold_lr,
+            max_drop=max_drop,
         )
+        if max_drop is not None and not convert:
+            raise ValueError(
+                "max_drop is measured on the converted model: leave convert=False out, or max_drop"
+            )
+        self.max_drop = max_drop
+        self.chosen: DialPoint | None = None
+        """What ``max_drop`` led to, as measured on the validation data."""
         super().__init__(config, module=module, convert=convert)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that there will be data to choose on."""
+        if stage == "fit" and self.max_drop is not None:
+            check_validation(trainer, self.max_drop)
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
+    ) -> None:
+        """Find out early, in the sanity check, whether batches can be scored."""
+        if self.max_drop is not None:
+            check_batch(batch)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Convert, then choose the scale of the thresholds."""
+        super().on_fit_end(trainer, pl_module)
+        if self.max_drop is not None:
+            self.chosen = choose_on_validation_data(trainer, pl_module, self.max_drop)

@@ -102,6 +102,9 @@ class ContributionTokenDroppingConfig(MethodConfig):
     """Where the thresholds eta start, in units of the mean share, in [0.01, 1]."""
     threshold_lr: float | None = None
     """Learning rate of the thresholds; by default such that they can cross their range twice in the ramp."""
+    max_drop: float | None = None
+    """By how much the validation score may be below that with nothing dropped, in [0, 1): at the end of fit the common
+    scale of the thresholds is set to the fastest that stays within. By default the scale stays as trained."""
 
     def __post_init__(self) -> None:
         goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
@@ -142,6 +145,10 @@ class ContributionTokenDroppingConfig(MethodConfig):
         _check(
             self.threshold_lr is None or self.threshold_lr > 0,
             f"threshold_lr={self.threshold_lr} is not positive",
+        )
+        _check(
+            self.max_drop is None or 0.0 <= self.max_drop < 1.0,
+            f"max_drop={self.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
         )
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
         object.__setattr__(self, "protect_tokens", tuple(self.protect_tokens))
