@@ -48,7 +48,7 @@ def draw_kept_by_layer(layers: Sequence[float]) -> str:
             fontsize=9,
         )
         axes.set(ylim=(0, 1.12), xlim=(-0.6, len(layers) - 0.4), xlabel="layer")
-        axes.xaxis.set_major_locator(MaxNLocator(min(len(layers), 24), integer=True))
+        axes.set_xticks(places if len(layers) <= _MOST_LABELLED_LAYERS else places[::4])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
@@ -79,17 +79,8 @@ def draw_dial(
         axes.scatter([p.flops_ratio for p in others], [p.score for p in others], s=34, color=ACCENT, zorder=3)
         axes.scatter([here.flops_ratio], [here.score], s=130, color=ACCENT, edgecolors=INK, zorder=4)
         for point in points:
-            words = _dial_words(point, point is here)
-            above = point is here or point.scale == 0
-            axes.annotate(
-                words,
-                (point.flops_ratio, point.score),
-                xytext=(0, 11 if above else -8),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=9,
-                color=INK if point is here else MUTED,
+            _label_point(
+                axes, point, is_here=point is here, is_left=here.flops_ratio <= (target_flops or 1.0)
             )
         _set_limits(axes, points)
         if target_flops is not None:
@@ -127,7 +118,7 @@ def draw_dropping_course(steps: Sequence[StepRecord], goal: str) -> str:
         tidy(left, f"{goal} left" if goal == "FLOPs" else "Tokens kept")
         _line(left, steps, lambda step: step.ratio, ACCENT, 1.8, "measured")
         _line(left, steps, lambda step: step.target, SECOND, 1.4, "scheduled", (0, (5, 3)))
-        left.legend(fontsize=9, loc="upper right", borderaxespad=1.6)
+        left.legend(fontsize=9, loc="lower left")
         tidy(middle, second[0])
         _line(middle, steps, second[1], ACCENT, 1.8)
         tidy(right, "Mean threshold")
@@ -157,6 +148,22 @@ def _line(
     found = [(step.step, value) for step in steps for value in [value_of(step)] if value is not None]
     if found:
         axes.plot(*zip(*found, strict=True), color=color, linewidth=width, label=label, linestyle=style)
+
+
+def _label_point(axes: Axes, point: DialRecord, *, is_here: bool, is_left: bool) -> None:
+    """Write above where there is more to say, else below the curve, which rises to the right and flattens."""
+    above = is_here or point.scale == 0
+    align = ("right" if is_left else "left") if is_here else "right" if above else "left"
+    axes.annotate(
+        _dial_words(point, is_here),
+        (point.flops_ratio, point.score),
+        xytext=((-4 if align == "right" else 4) if is_here else 0 if above else 6, 10 if above else -4),
+        textcoords="offset points",
+        ha=align,
+        va="bottom" if above else "top",
+        fontsize=9,
+        color=INK if is_here else MUTED,
+    )
 
 
 def _set_limits(axes: Axes, points: Sequence[DialRecord]) -> None:

@@ -40,7 +40,7 @@ def tokens(record: RunRecord) -> str:
 def _summary(found: DroppingRecord) -> str:
     last = found.layers[-1]
     return (
-        f"Of {found.num_texts:,} validation texts a layer runs on {percent(found.mean_kept)} of the tokens on "
+        f"Over {found.num_texts:,} validation texts, a layer runs on {percent(found.mean_kept)} of the tokens on "
         f"average, the last one on {percent(last)}. The rest left earlier, and costs nothing from there on."
     )
 
@@ -73,7 +73,7 @@ def _text(text: TokenText, num_layers: int) -> str:
 
 def _dial(found: DroppingRecord) -> str:
     return (
-        f"{found.metric} on {found.num_texts:,} validation texts when all thresholds are multiplied by one "
+        f"{found.metric[:1].upper()}{found.metric[1:]} on {found.num_texts:,} validation texts when all thresholds are multiplied by one "
         "number, without training again. FLOPs count the predictors, and every kept token of the last layer."
     )
 

@@ -66,12 +66,11 @@ pre { background: var(--card); border: 1px solid var(--edge); border-radius: 8px
 .legend span:first-child { margin-right: .5rem; }
 .tokens { line-height: 1.85; margin-top: .3rem; overflow-wrap: anywhere; }
 .tokens small { font-size: .72em; letter-spacing: .02em; }
-.tokens span, .legend span[title] { padding: .1em .18em; border-radius: 4px; color: var(--muted);
-  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.legend span[title] { display: inline-block; min-width: 1.7em; text-align: center; }
-.texts .s0 { background: none; }
+.tokens span { padding: .14em .05em; border-radius: 3px; }
+.legend span[title] { display: inline-block; min-width: 1.8em; border-radius: 3px; text-align: center; }
+.texts .s0, .texts .s1, .texts .s2 { color: var(--muted); }
 .texts .s1 { background: color-mix(in srgb, var(--accent) 5%, transparent); }
-.texts .s2 { background: color-mix(in srgb, var(--accent) 9%, transparent); }
+.texts .s2 { background: color-mix(in srgb, var(--accent) 8%, transparent); }
 .texts .s3 { background: color-mix(in srgb, var(--accent) 14%, transparent); }
 .texts .s4 { background: color-mix(in srgb, var(--accent) 20%, transparent); }
 .texts .s5 { background: color-mix(in srgb, var(--accent) 27%, transparent); }

@@ -13,7 +13,7 @@ def test_the_section_shows_texts_layers_and_the_dial(dropping_run: dict):
     markup = tokens(RunRecord.from_dict(dropping_run))
     words = text_of(markup)
     assert (
-        "Of 320 validation texts a layer runs on 50.0 % of the tokens on average, the last one on 20.0 %"
+        "Over 320 validation texts, a layer runs on 50.0 % of the tokens on average, the last one on 20.0 %"
         in words
     )
     assert "positive · ✓ · 2 of 4 tokens go through all layers" in words
