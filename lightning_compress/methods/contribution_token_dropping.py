@@ -72,12 +72,13 @@ class ContributionTokenDroppingConfig(MethodConfig):
     """Instead: share of tokens that enter the layers, on average over layers, in (0, 1]."""
     length_weight: float | None = None
     """Instead: fixed weight of the summed token counts (the paper's phi), at least 0."""
-    saliency_weight: float = 5e-3
+    saliency_weight: float = 0.1
     """Weight of the distance between predictors and saliency (the paper's gamma), at least 0."""
     saliency_to_encoder: bool = False
     """Whether that distance also trains the encoder, as in the paper; costs about a third of a step more."""
     teacher: str = "self"
-    """``"self"``: the model itself as it is at the end of the warm-up; else folder or name of a fine-tuned model."""
+    """``"self"``: the model itself as it is at the end of the warm-up; ``"module"``: a ``teacher_model`` that is given
+    beside these settings; else folder or name of a fine-tuned model."""
     teacher_bits: Literal[4, 8] | None = None
     """Hold the teacher's linears in so many bits (bitsandbytes); by default as they are."""
     layers: tuple[int, ...] | None = None
@@ -234,6 +235,14 @@ class ContributionTokenDroppingHandle:
         ids_BT = self.recorder.inputs["input_ids"]
         return (torch.ones_like(ids_BT) if mask_BT is None else mask_BT.bool()).sum(dim=1)
 
+    def open_resources(self) -> None:
+        """Load the teacher, unless it is the model itself.
+
+        Raises:
+            ValueError: If it cannot be loaded or does not fit.
+        """
+        self.teacher.open(self.model)
+
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The thresholds with the factors of the first token, and the predictors."""
         left = (1.0 - self.progress) / (1.0 - self.config.dense_share)
@@ -292,12 +301,19 @@ class ContributionTokenDroppingHandle:
         self.teacher.load_state_dict(state["teacher"], self.model)
 
 
-def prepare(model: nn.Module, config: ContributionTokenDroppingConfig) -> ContributionTokenDroppingHandle:
+def prepare(
+    model: nn.Module, config: ContributionTokenDroppingConfig, teacher_model: nn.Module | None = None
+) -> ContributionTokenDroppingHandle:
     """Give the encoder predictors and thresholds; outputs stay the same until the warm-up is over.
+
+    Args:
+        model: A sequence classifier.
+        config: The settings.
+        teacher_model: The teacher, where ``config.teacher`` is ``"module"``; a copy of it is kept.
 
     Raises:
         ValueError: If the model is not a sequence classifier of a family whose encoder can drop tokens, a layer does
-            not exist, or the teacher cannot be loaded or does not fit.
+            not exist, or two teachers are named.
     """
     anatomy = check_can_drop(model)
     tape = Tape()
@@ -310,9 +326,9 @@ def prepare(model: nn.Module, config: ContributionTokenDroppingConfig) -> Contri
         tape=tape,
         shares_reach_encoder=config.saliency_to_encoder,
     )
-    teacher = SaliencyTeacher(config.teacher, config.teacher_bits, model)
+    teacher = SaliencyTeacher(config.teacher, config.teacher_bits, teacher_model)
     ledger = install_policy(model, policy, config.protect_tokens)
-    handle = ContributionTokenDroppingHandle(
+    return ContributionTokenDroppingHandle(
         model,
         config,
         ledger,
@@ -322,14 +338,17 @@ def prepare(model: nn.Module, config: ContributionTokenDroppingConfig) -> Contri
         teacher,
         len(anatomy.layers),
     )
-    update(handle, 0.0)
-    return handle
 
 
 def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
-    """Move through warm-up, ramp and recovery; set the slope, the multiplier and the thresholds' learning rate."""
+    """Move through warm-up, ramp and recovery; set the slope, the multiplier and the thresholds' learning rate.
+
+    Raises:
+        ValueError: If there is no teacher yet, and it cannot be loaded or does not fit.
+    """
     config, step = handle.config, progress - handle.progress
     handle.progress = progress
+    handle.teacher.open(handle.model)
     if handle.phase == "warmup" and progress >= config.dense_share:
         handle.teacher.settle(handle.model)
         handle.phase, handle.policy.is_active = "ramp", True

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from lightning_compress.nn.key_bias_attention import attention_with_key_bias
 from lightning_compress.nn.segments import Segments
 
 __all__ = ["DroppingEncoder", "InputRecorder", "KeepPolicy", "TrainingPolicy", "compute_dtype", "real_tokens"]
@@ -85,14 +86,23 @@ class DroppingEncoder(nn.Module):
         state = None
         if policy.is_active:
             state = policy.begin(real_tokens(attention_mask, hidden_states))
-        for index, layer in enumerate(self.layer):  # type: ignore[arg-type]
-            mask = attention_mask
-            if state is not None:
-                bias_BT = policy.remove(index, hidden_states, state)
-                mask = bias_BT[:, None, None, :].to(compute_dtype(hidden_states))
-            out = layer(hidden_states, mask, **extra)
-            hidden_states = out if isinstance(out, Tensor) else out[0]
+        with attention_with_key_bias(self._config(), hidden_states.shape[1], self._is_biased(state)):
+            for index, layer in enumerate(self.layer):  # type: ignore[arg-type]
+                mask = attention_mask
+                if state is not None:
+                    bias_BT = policy.remove(index, hidden_states, state)
+                    mask = bias_BT[:, None, None, :].to(compute_dtype(hidden_states))
+                out = layer(hidden_states, mask, **extra)
+                hidden_states = out if isinstance(out, Tensor) else out[0]
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+    def _config(self) -> Any:
+        return next(module.config for module in self.layer.modules() if hasattr(module, "config"))  # type: ignore[union-attr]
+
+    def _is_biased(self, state: Any) -> bool:
+        """Whether biases get gradients, in this pass and not in a second one that checkpointing runs later."""
+        is_checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layer)  # type: ignore[union-attr]
+        return state is not None and self.training and not is_checkpointed
 
 
 def real_tokens(attention_mask: Tensor | None, hidden_BTD: Tensor) -> Tensor:
