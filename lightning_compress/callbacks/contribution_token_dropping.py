@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from typing_extensions import override
 
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.validation_dial import check_validation, choose_on_validation_data
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig as Config
+from lightning_compress.methods.saliency_teacher import MODULE, SELF
 from lightning_compress.runtime.trial import DialPoint, check_batch
 
 __all__ = ["ContributionTokenDropping"]
@@ -30,6 +32,7 @@ class ContributionTokenDropping(CompressionCallback):
         saliency_weight: Weight of the distance between predictors and saliency (the paper's gamma), at least 0.
         saliency_to_encoder: Whether that distance also trains the encoder, as in the paper; slower.
         teacher: ``"self"``, the model itself at the end of the warm-up, or folder or name of a fine-tuned model.
+        teacher_model: The fine-tuned model itself instead; never saved, so to be given again when resuming.
         teacher_bits: Hold the teacher's linears in so many bits (bitsandbytes); by default as they are.
         layers: Indices of layers before which tokens may leave, from 0; all by default.
         predictor_width: Neurons of each predictor, at least 1.
@@ -37,7 +40,8 @@ class ContributionTokenDropping(CompressionCallback):
         protect_first: How many tokens at the start of a text never leave, at least 1 (the classification token).
         protect_tokens: Token ids that never leave, e.g. the separator's.
         warmup: Share of training before dropping begins; by default 0.3 with the teacher ``"self"``, else 0.
-        ramp_end: Share of training after which thresholds rest and removal is all but hard, in (warmup, 1].
+        ramp_end: Share of training after which thresholds rest and removal is all but hard, in (warmup, 1]; by
+            default halfway from the end of the warm-up to the end of training.
         slope_start: Slope of the soft removal when dropping begins, positive.
         slope_end: Slope at the end of the ramp; geometric between.
         threshold_init: Where the thresholds start, in units of the mean share, in [0.01, 1].
@@ -49,7 +53,7 @@ class ContributionTokenDropping(CompressionCallback):
         convert: Whether to put the packed engine in place when ``fit`` ends.
 
     Raises:
-        ValueError: If an argument is outside its range, several goals are given, or ``max_drop`` is with
+        ValueError: If an argument is outside its range, several goals or teachers are given, or ``max_drop`` is with
             ``convert=False``.
 
     Paper: AdapLeR (arXiv 2203.08991).
@@ -68,6 +72,7 @@ class ContributionTokenDropping(CompressionCallback):
         saliency_weight: float = Config.saliency_weight,
         saliency_to_encoder: bool = Config.saliency_to_encoder,
         teacher: str = Config.teacher,
+        teacher_model: nn.Module | None = None,
         teacher_bits: Literal[4, 8] | None = Config.teacher_bits,
         layers: Sequence[int] | None = Config.layers,
         predictor_width: int = Config.predictor_width,
@@ -75,7 +80,7 @@ class ContributionTokenDropping(CompressionCallback):
         protect_first: int = Config.protect_first,
         protect_tokens: Sequence[int] = Config.protect_tokens,
         warmup: float | None = Config.warmup,
-        ramp_end: float = Config.ramp_end,
+        ramp_end: float | None = Config.ramp_end,
         slope_start: float = Config.slope_start,
         slope_end: float = Config.slope_end,
         threshold_init: float = Config.threshold_init,
@@ -84,13 +89,15 @@ class ContributionTokenDropping(CompressionCallback):
         module: str | None = None,
         convert: bool = True,
     ) -> None:
+        if teacher_model is not None and teacher not in (SELF, MODULE):
+            raise ValueError(f"teacher={teacher!r} and a teacher_model are two teachers: give one of them")
         config = Config(
             target_flops=target_flops,
             target_tokens=target_tokens,
             length_weight=length_weight,
             saliency_weight=saliency_weight,
             saliency_to_encoder=saliency_to_encoder,
-            teacher=teacher,
+            teacher=teacher if teacher_model is None else MODULE,
             teacher_bits=teacher_bits,
             layers=None if layers is None else tuple(layers),
             predictor_width=predictor_width,
@@ -112,7 +119,8 @@ class ContributionTokenDropping(CompressionCallback):
         self.max_drop = max_drop
         self.chosen: DialPoint | None = None
         """What ``max_drop`` led to, as measured on the validation data."""
-        super().__init__(config, module=module, convert=convert)
+        resources = None if teacher_model is None else {"teacher_model": teacher_model}
+        super().__init__(config, module=module, convert=convert, resources=resources)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

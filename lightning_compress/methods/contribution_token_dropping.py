@@ -93,8 +93,9 @@ class ContributionTokenDroppingConfig(MethodConfig):
     """Token ids that never leave, e.g. the separator's."""
     warmup: float | None = None
     """Share of training before dropping begins, in [0, 1); by default 0.3 with the teacher ``"self"``, else 0."""
-    ramp_end: float = 0.8
-    """Share of training after which thresholds rest and removal is all but hard, in (warmup, 1]."""
+    ramp_end: float | None = None
+    """Share of training after which thresholds rest and removal is all but hard, in (warmup, 1]; by default
+    halfway from the end of the warm-up to the end of training."""
     slope_start: float = 10.0
     """Slope lambda of the soft removal when dropping begins, positive."""
     slope_end: float = 1e5
@@ -131,7 +132,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
         )
         _check(self.warmup is None or 0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         _check(
-            self.dense_share < self.ramp_end <= 1.0,
+            self.dense_share < self.hard_from <= 1.0,
             f"ramp_end={self.ramp_end} is outside (warmup={self.dense_share}, 1]: dropping is learned between the two",
         )
         _check(
@@ -160,6 +161,11 @@ class ContributionTokenDroppingConfig(MethodConfig):
         if self.warmup is not None:
             return self.warmup
         return 0.3 if self.teacher == "self" else 0.0
+
+    @property
+    def hard_from(self) -> float:
+        """Share of training after which thresholds rest."""
+        return self.ramp_end if self.ramp_end is not None else 0.5 * (1.0 + self.dense_share)
 
     @property
     def target(self) -> float | None:
@@ -199,7 +205,7 @@ class ContributionTokenDroppingHandle:
         """The target of this moment: from 1 down to the user's, geometric, there at 80 % of the ramp."""
         start, target = self.config.dense_share, self.config.target
         assert target is not None, "a fixed length weight has no target"
-        end = start + _TARGET_REACHED_AT * (self.config.ramp_end - start)
+        end = start + _TARGET_REACHED_AT * (self.config.hard_from - start)
         share = min(max((self.progress - start) / (end - start), 0.0), 1.0)
         return target**share
 
@@ -352,13 +358,13 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
     if handle.phase == "warmup" and progress >= config.dense_share:
         handle.teacher.settle(handle.model)
         handle.phase, handle.policy.is_active = "ramp", True
-    if handle.phase == "ramp" and progress >= config.ramp_end:
+    if handle.phase == "ramp" and progress >= config.hard_from:
         handle.phase, handle.threshold_lr = "recovery", 0.0
     handle.policy.slope = _slope(config, progress)
     _clamp(handle.policy)
     _steer(handle)
     if handle.phase == "ramp" and step > 0:
-        steps = (config.ramp_end - config.dense_share) / step
+        steps = (config.hard_from - config.dense_share) / step
         handle.threshold_lr = config.threshold_lr or _TRAVEL / max(steps, 1.0)
 
 
@@ -411,7 +417,7 @@ def _slope(config: ContributionTokenDroppingConfig, progress: float) -> float:
     Departs from the paper: the official code sets it once an epoch, after the step that should have used it
     (specification §1.7, 2).
     """
-    share = (progress - config.dense_share) / (config.ramp_end - config.dense_share)
+    share = (progress - config.dense_share) / (config.hard_from - config.dense_share)
     return config.slope_start * (config.slope_end / config.slope_start) ** min(max(share, 0.0), 1.0)
 
 
