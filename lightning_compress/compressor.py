@@ -50,15 +50,22 @@ class Compressor:
         model: The transformers model to compress.
         configs: Method configurations, in any order, each method once.
         plan: What was done to the model before, if it was loaded compressed.
+        resources: What methods take beside their configurations, by stem, e.g.
+            ``{"contribution_token_dropping": {"teacher_model": teacher}}``; never saved, so to be given again.
 
     Raises:
         ValueError: If a method is given twice.
     """
 
     def __init__(
-        self, model: nn.Module, configs: Iterable[MethodConfig] = (), plan: CompressionPlan | None = None
+        self,
+        model: nn.Module,
+        configs: Iterable[MethodConfig] = (),
+        plan: CompressionPlan | None = None,
+        resources: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model = model
+        self.resources = dict(resources or {})
         self.configs: dict[str, MethodConfig] = {}
         self.handles: dict[str, MethodHandle] = {}
         self._loaded = () if plan is None else plan.methods
@@ -122,8 +129,10 @@ class Compressor:
                     f"{config}. Start from the dense model, or drop the callback to fine-tune the compressed one"
                 )
         for stem, config in self.configs.items():
-            self.handles[stem] = method_named(stem).prepare(self.model, config)
+            self.handles[stem] = self._prepared(config)
         self._follow_handles()
+        for handle in self.handles.values():
+            handle.open_resources()
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -270,7 +279,7 @@ class Compressor:
                 raise PlanError(
                     f"plan holds an unusable configuration of {record.method}: {error}"
                 ) from error
-            self.handles[record.method] = method.prepare(self.model, config)
+            self.handles[record.method] = self._prepared(config)
         self._warn_of_changed_configs(plan)
         self._follow_handles()
 
@@ -293,6 +302,10 @@ class Compressor:
         for stem, handle in self.handles.items():
             handle.load_state_dict(state["handles"][stem])
         self._auxiliary.load_state_dict(state["auxiliary"])
+
+    def _prepared(self, config: MethodConfig) -> MethodHandle:
+        resources = self.resources.get(config.stem, {})
+        return method_named(config.stem).prepare(self.model, config, **resources)
 
     def _all_ledgers(self) -> list[Ledger]:
         return self._ledgers + [handle.ledger for handle in self.handles.values()]

@@ -196,10 +196,18 @@ class CompressionCallback(Callback):
         config: The method's configuration.
         module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
         convert: Whether to make the model physically smaller when ``fit`` ends.
+        resources: What the method takes beside its configuration.
     """
 
-    def __init__(self, config: MethodConfig, module: str | None = None, convert: bool = True) -> None:
+    def __init__(
+        self,
+        config: MethodConfig,
+        module: str | None = None,
+        convert: bool = True,
+        resources: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        self.resources = resources
         self.module = module
         self.convert_at_end = convert
 
@@ -225,7 +233,7 @@ class CompressionCallback(Callback):
             check_launcher(trainer, _own_class(pl_module), CompressionMixin)
             if session is None or session.compressor is None or not session.compressor.is_converted:
                 check_averaging(trainer)
-        attach(pl_module).register(trainer, self.config, self.module)
+        attach(pl_module).register(trainer, self.config, self.module, self.resources)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,6 +45,8 @@ class Session:
     """State of compression on one module."""
 
     configs: list[MethodConfig] = field(default_factory=list)
+    resources: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What methods take beside their configurations, by stem."""
     module_path: str | None = None
     compressor: Compressor | None = None
     last_step: int | None = None
@@ -64,14 +66,21 @@ class Session:
     """The checkpoint that hooks are being called with, until :meth:`load` has read it."""
     _trainer: weakref.ref[Trainer] | None = None
 
-    def register(self, trainer: Trainer, config: MethodConfig, module_path: str | None) -> None:
-        """Add a callback's configuration; a new trainer starts with none.
+    def register(
+        self,
+        trainer: Trainer,
+        config: MethodConfig,
+        module_path: str | None,
+        resources: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add a callback's configuration and what its method takes beside it; a new trainer starts with none.
 
         Raises:
             ValueError: If callbacks name different modules, or the same method twice.
         """
         if not self.is_of(trainer):
             self._trainer, self.configs, self.module_path = weakref.ref(trainer), [], None
+            self.resources = {}
         if any(known is config for known in self.configs):
             return
         if module_path is not None and self.module_path not in (None, module_path):
@@ -85,6 +94,7 @@ class Session:
                     f"{config.stem} is asked for twice, with {known} and {config}: keep one callback"
                 )
         self.configs.append(config)
+        self.resources[config.stem] = resources or {}
 
     def is_of(self, trainer: Trainer) -> bool:
         """Whether the callbacks that registered here are this trainer's."""
@@ -110,6 +120,7 @@ class Session:
         _, model = find_transformer(module, self.module_path)
         if self.compressor is None or self.compressor.model is not model:
             self.compressor = Compressor(model, plan=plan_of(model))
+        self.compressor.resources = self.resources
         return self.compressor
 
     def prepare(self, module: LightningModule) -> None:

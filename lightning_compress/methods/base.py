@@ -69,6 +69,10 @@ class MethodHandle(Protocol):
         """Whether the model, converted now, would meet the user's target."""
         ...
 
+    def open_resources(self) -> None:
+        """Fetch what only training needs, such as a teacher, so that what is missing is found out before it starts."""
+        ...
+
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """Parameters that the private optimizer owns (thresholds, predictors), always in the same order."""
         ...
@@ -99,8 +103,11 @@ class MethodModule(Protocol):
 
     Config: type[MethodConfig]
 
-    def prepare(self, model: nn.Module, config: Any) -> MethodHandle:
-        """Install trainable machinery; the model's outputs stay the same up to rounding."""
+    def prepare(self, model: nn.Module, config: Any, **resources: Any) -> MethodHandle:
+        """Install trainable machinery; the model's outputs stay the same up to rounding.
+
+        ``resources`` is what some methods take and no configuration can hold, such as a teacher's module.
+        """
         ...
 
     def update(self, handle: Any, progress: float) -> None:

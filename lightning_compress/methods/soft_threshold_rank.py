@@ -194,6 +194,9 @@ class SoftThresholdRankHandle:
         """Whether the ranks are pinned within the budget."""
         return self.phase == "recovery" and self.size <= self.budget
 
+    def open_resources(self) -> None:
+        """Nothing: it needs none."""
+
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The thresholds."""
         return [AuxiliaryGroup([layer.alpha for layer in self.layers.values()], self.auxiliary_lr)]

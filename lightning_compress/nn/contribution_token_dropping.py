@@ -72,15 +72,16 @@ class ContributionPredictor(nn.Sequential):
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
-        for linear in (self[0], self[2]):
+        linears = nn.Linear(hidden_size, width), nn.Linear(width, 1)
+        super().__init__(linears[0], nn.GELU(), linears[1])
+        for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
             nn.init.zeros_(linear.bias)
 
     @property
     def flops_per_token(self) -> int:
         """FLOPs (2 MACs) per token."""
-        return 2 * sum(linear.in_features * linear.out_features for linear in (self[0], self[2]))
+        return 2 * sum(module.weight.numel() for module in self if isinstance(module, nn.Linear))
 
 
 class ContributionPolicy(nn.Module):
@@ -141,6 +142,10 @@ class ContributionPolicy(nn.Module):
             keep_N |= segments.protected_N
         keep_N[segments.firsts_B] = True
         return keep_N
+
+    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return logits of the shares, one for each token of ``[..., D]``; None if the layer does not decide."""
+        return self._predictor(layer)(hidden).squeeze(-1) if layer in self._place else None
 
     def _predictor(self, layer: int) -> ContributionPredictor:
         predictor = self.predictors[str(layer)]

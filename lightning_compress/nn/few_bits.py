@@ -72,14 +72,13 @@ def quantize_linears(model: Model, bits: int) -> Model:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model of :func:`quantize_linears` as it would be without: weights written out.
+    """Return the state of a model, weights that :func:`quantize_linears` made written out: names are as before.
 
     Quantising them again gives the same bits.
     """
-    kinds = (_library().Linear8bitLt, _library().Linear4bit)
     state = dict(model.state_dict())
     for path, module in model.named_modules():
-        if isinstance(module, kinds):
+        if type(module).__module__.startswith("bitsandbytes."):
             prefix = f"{path}.weight"
             state = {name: value for name, value in state.items() if not name.startswith(f"{prefix}.")}
             for name in ("SCB", "weight_format"):

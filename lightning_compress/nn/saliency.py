@@ -39,15 +39,21 @@ def gradient_saliency(teacher: nn.Module, inputs: Mapping[str, Any], labels_B: T
     seen: list[Tensor] = []
     with torch.enable_grad(), _evaluating(teacher), _embeddings_of(teacher, seen):
         logits_BC = teacher(**inputs).logits.float()
-        if logits_BC.shape[1] == 1:
-            chosen_B = logits_BC[:, 0]
-        else:
-            labels_B = logits_BC.argmax(dim=1) if labels_B is None else labels_B
-            chosen_B = logits_BC.gather(1, labels_B.long().view(-1, 1))[:, 0]
-        (gradient_BTD,) = torch.autograd.grad(chosen_B.sum(), seen[-1])
+        (gradient_BTD,) = torch.autograd.grad(_explained(logits_BC, labels_B).sum(), seen[-1])
     saliency_BT = (gradient_BTD.float() * seen[-1].detach().float()).norm(dim=2)
     mask_BT = inputs.get("attention_mask")
     return saliency_BT if mask_BT is None else saliency_BT * mask_BT.bool()
+
+
+def _explained(logits_BC: Tensor, labels_B: Tensor | None) -> Tensor:
+    """Return the logits to explain: gold, or predicted where there is no gold class (negative labels are ignored)."""
+    if logits_BC.shape[1] == 1:
+        return logits_BC
+    if labels_B is not None and labels_B.shape == logits_BC.shape:  # several classes, or a distribution
+        return logits_BC * labels_B
+    predicted_B = logits_BC.argmax(dim=1)
+    gold_B = predicted_B if labels_B is None else labels_B.long().flatten()
+    return logits_BC.gather(1, torch.where(gold_B < 0, predicted_B, gold_B)[:, None])
 
 
 @contextmanager
