@@ -13,10 +13,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
+from lightning_compress.callbacks.dropping_report import (
+    DroppingMeasurement,
+    SeenBatches,
+    dropping_handle,
+    dropping_in_step,
+    measure_dropping,
+)
 from lightning_compress.callbacks.session import session_of, training_progress
 from lightning_compress.compressor import Compressor
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import get_module, linear_shape
+from lightning_compress.plan import CompressionPlan
 from lightning_compress.report import (
     FinalRecord,
     LayerRank,
@@ -32,6 +40,10 @@ __all__ = ["CompressionReport"]
 
 _LOSS = re.compile(r"(^|[/_])loss($|[/_])")
 _METRIC = re.compile(r"^val[/_]")
+_NO_TEXTS = (
+    "No validation batch with input_ids was seen, so the report cannot show which tokens leave, and FLOPs are those of "
+    "the last training passes: give the trainer validation data as dicts of model inputs"
+)
 
 
 class CompressionReport(Callback):
@@ -67,6 +79,7 @@ class CompressionReport(Callback):
         self.path: Path | None = None
         self._steps: list[StepRecord] = []
         self._dense: tuple[ScopeCounts, float] | None = None
+        self._seen = SeenBatches()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,17 +105,38 @@ class CompressionReport(Callback):
         scopes, dense_flops = self._dense
         sizes = [value for name, value in compressor.metrics().items() if name.endswith("/size_ratio")]
         size = sizes[0] if len(sizes) == 1 else count_parameters(compressor.model).linear / scopes.linear
+        flops_ratio = count_flops(compressor.model, self.lengths).total / dense_flops
+        handle, of_tokens = dropping_handle(compressor), {}
+        if handle is not None:
+            kept, of_tokens = dropping_in_step(handle)
+            flops_ratio *= kept
         self._steps.append(
             StepRecord(
                 step=step,
                 progress=training_progress(trainer, pl_module, batch_idx + 1),
                 phase=" + ".join(handle.phase for handle in compressor.handles.values()),
                 size_ratio=size,
-                flops_ratio=count_flops(compressor.model, self.lengths).total / dense_flops,
+                flops_ratio=flops_ratio,
                 ranks={name: m.rank for name, m in _ranked(compressor.model)},
                 loss=_numbers(trainer.callback_metrics, _LOSS) | _terms_of(pl_module),
+                **of_tokens,
             )
         )
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep some texts, to see at the end which of their tokens leave."""
+        compressor = _compressor_of(pl_module)
+        if dataloader_idx == 0 and compressor is not None and dropping_handle(compressor) is not None:
+            self._seen.see(batch, batch_idx)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,27 +149,45 @@ class CompressionReport(Callback):
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""
         assert self._dense is not None, "the dense model is counted at the start of training"
-        plan = compressor.plan
-        settings = plan.methods[0].config if plan.methods else {}
+        plan, dropping, notes = compressor.plan, None, []
+        drops = any(step.tokens_kept is not None for step in self._steps)
+        if compressor.is_converted and drops:
+            dropping = self._measure_dropping(trainer, compressor)
+            if dropping is None:
+                notes = [_NO_TEXTS]
+                warnings.warn(_NO_TEXTS, stacklevel=2)
         return RunRecord(
             model_type=plan.model_type,
             methods=[{"method": record.method, "config": record.config} for record in plan.methods],
-            target={name: value for name, value in settings.items() if name.startswith("target_")},
+            target=_target(plan, compressor),
             steps=self._steps,
-            final=self._final(compressor) if compressor.is_converted else None,
+            final=self._final(compressor, dropping) if compressor.is_converted else None,
             metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, _METRIC)},
+            dropping=None if dropping is None else dropping.record,
             machine=describe_machine(),
             versions=describe_versions(),
+            warnings=notes,
         )
 
-    def _final(self, compressor: Compressor) -> FinalRecord:
+    def _measure_dropping(self, trainer: Trainer, compressor: Compressor) -> DroppingMeasurement | None:
+        owners = getattr(trainer, "datamodule", None), trainer.lightning_module
+        found = (getattr(owner, "tokenizer", None) for owner in owners)
+        tokenizer = next((t for t in found if t is not None), None)
+        return measure_dropping(compressor.model, compressor.dense_skeleton(), self._seen.batches, tokenizer)
+
+    def _final(self, compressor: Compressor, dropping: DroppingMeasurement | None) -> FinalRecord:
         assert self._dense is not None
         skeleton, model = compressor.dense_skeleton(), compressor.model
+        dense_flops, flops = self._dense[1], count_flops(model, self.lengths).total
+        if dropping is not None:
+            dense_flops, flops = dropping.dense_flops, dropping.flops
+        elif self._steps and self._steps[-1].tokens_kept is not None:
+            flops = self._steps[-1].flops_ratio * dense_flops
         return FinalRecord(
             dense=self._dense[0],
             compressed=_scopes(model),
-            dense_flops=self._dense[1],
-            compressed_flops=count_flops(model, self.lengths).total,
+            dense_flops=dense_flops,
+            compressed_flops=flops,
             ranks={
                 path: LayerRank(m.rank, min(linear_shape(get_module(skeleton, path))), "low_rank")
                 for path, m in _ranked(model)
@@ -160,6 +212,18 @@ class CompressionReport(Callback):
 def _compressor_of(module: LightningModule) -> Compressor | None:
     session = session_of(module)
     return None if session is None else session.compressor
+
+
+def _target(plan: CompressionPlan, compressor: Compressor) -> dict[str, Any]:
+    """What the first method was asked for; of a method with a goal by default, that one."""
+    if not plan.methods:
+        return {}
+    stem, settings = plan.methods[0].method, plan.methods[0].config
+    target = {name: value for name, value in settings.items() if name.startswith("target_")}
+    default = getattr(compressor.configs.get(stem), "target", None)
+    if default is not None and all(value is None for value in target.values()) and "target_flops" in target:
+        target["target_flops"] = default
+    return target
 
 
 def _scopes(model: nn.Module) -> ScopeCounts:

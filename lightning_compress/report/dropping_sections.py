@@ -72,9 +72,10 @@ def _text(text: TokenText, num_layers: int) -> str:
 
 
 def _dial(found: DroppingRecord) -> str:
+    metric = found.metric[:1].upper() + found.metric[1:]
     return (
-        f"{found.metric[:1].upper()}{found.metric[1:]} on {found.num_texts:,} validation texts when all thresholds are multiplied by one "
-        "number, without training again. FLOPs count the predictors, and every kept token of the last layer."
+        f"{metric} on {found.num_texts:,} validation texts when all thresholds are multiplied by one number, "
+        "without training again. FLOPs count the predictors, and every kept token of the last layer."
     )
 
 

@@ -195,6 +195,7 @@ def size(record: RunRecord) -> str:
     note = "Embeddings belong to the whole model only. FLOPs are 2 × multiply-adds over unpadded tokens."
     if record.dropping is not None:
         kept = record.dropping.mean_kept
+        note += f" They are the mean over {record.dropping.num_texts:,} validation texts."
         rows.append(
             ["Tokens in a layer", percent(1.0), percent(kept), percent(kept), times(_ratio(1.0, kept))]
         )

@@ -56,6 +56,7 @@ def test_no_one_is_told_that_parameters_shrank(dropping_run: dict):
     assert "Tokens kept 50.0 % on average over the layers; 20.0 % in the last" in tiles
     size = text_of(sections.size(record))
     assert "Tokens leave, weights stay" in size
+    assert "mean over 320 validation texts" in size
     assert "Tokens in a layer 100.0 % 50.0 % 50.0 % 2.00×" in size
 
 

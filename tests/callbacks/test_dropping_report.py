@@ -1,0 +1,252 @@
+"""What the report says of dropped tokens agrees with what the model does."""
+
+from __future__ import annotations
+
+import json
+from collections import UserDict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_compress import Compressor
+from lightning_compress.callbacks import CompressionReport, ContributionTokenDropping, SoftThresholdRank
+from lightning_compress.callbacks.dropping_report import (
+    SeenBatches,
+    dropping_handle,
+    dropping_in_step,
+    measure_dropping,
+)
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig, update
+from lightning_compress.nn.flops import count_flops
+from lightning_compress.nn.kept_flops import count_kept_flops
+from lightning_compress.runtime import packed_encoder
+from tests.toys import ToyModule, ToyTexts, tiny_bert, toy_loader, toy_trainer
+from tests.toys_dropping import dropping_bert, ragged_batch
+
+FAST: dict[str, Any] = {"warmup": 0.2, "threshold_init": 0.99}
+
+
+class Tokenizer:
+    """Writes WordPieces, or byte pairs."""
+
+    all_special_tokens = ("<s>",)
+
+    def __init__(self, mark: str = "") -> None:
+        self.mark = mark
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["<s>" if number == 2 else f"{self.mark}w{number}" for number in ids]
+
+    def convert_tokens_to_string(self, pieces: list[str]) -> str:
+        return "".join(pieces).replace("Ġ", " ").replace("w", "é")
+
+
+class ToyData(ToyModule):
+    """Carries a tokenizer, as a data module would."""
+
+    def __init__(self, **overrides: Any) -> None:
+        super().__init__(**overrides)
+        self.tokenizer = Tokenizer()
+
+
+def run(
+    folder: Path, module: ToyModule, method: ContributionTokenDropping, **settings: Any
+) -> dict[str, Any]:
+    report = CompressionReport(str(folder), lengths=[6], every_n_steps=2)
+    trainer = toy_trainer(callbacks=[report, method], max_steps=20, **settings)
+    trainer.fit(module, toy_loader(80), toy_loader(24))
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_that_drops_tokens_leaves_a_page_about_them(tmp_path: Path) -> None:
+    module = ToyData()
+    data = run(tmp_path, module, ContributionTokenDropping(target_flops=0.6, **FAST))
+    page, dropping = (tmp_path / "report.html").read_text(), data["dropping"]
+    assert "<h2>Tokens</h2>" in page and "scheduled" in page and 'id="dial-' in page
+    assert dropping["num_texts"] == 24
+    assert len(dropping["texts"]) == 12 and len(dropping["curve"]) == 5
+    assert all(token.startswith(("w", "<s>")) for text in dropping["texts"] for token in text["tokens"])
+    assert data["final"]["flops"]["dense"] == count_flops(tiny_bert(), [6]).total
+    deployed = next(
+        point for point in dropping["curve"] if point["scale"] == pytest.approx(dropping["scale"])
+    )
+    spent = data["final"]["flops"]["compressed"] / data["final"]["flops"]["dense"]
+    assert deployed["flops_ratio"] == pytest.approx(spent)
+    assert dropping["curve"][0]["flops_ratio"] > 1.0, "nothing is dropped, and the predictors cost"
+    assert data["warnings"] == []
+
+
+def test_steps_tell_what_was_measured_and_what_was_scheduled(tmp_path: Path) -> None:
+    data = run(tmp_path, ToyModule(), ContributionTokenDropping(target_flops=0.6, **FAST))
+    first, last = data["steps"][0], data["steps"][-1]
+    assert (first["phase"], first["flops_ratio"], first["target"]) == ("warmup", 1.0, 1.0)
+    assert (last["phase"], last["target"]) == ("recovery", pytest.approx(0.6))
+    assert last["flops_ratio"] == last["ratio"] < 1.0
+    assert last["tokens_kept"] < 1.0 and last["size_ratio"] == 1.0 and last["threshold"] > 0
+
+
+def test_a_goal_by_default_is_the_target_that_is_shown(tmp_path: Path) -> None:
+    assert run(tmp_path, ToyModule(), ContributionTokenDropping(**FAST))["target"]["target_flops"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:No validation batch")
+def test_without_validation_data_flops_are_those_of_training_and_the_page_says_so(tmp_path: Path) -> None:
+    report = CompressionReport(str(tmp_path), lengths=[6], every_n_steps=2)
+    trainer = toy_trainer(callbacks=[report, ContributionTokenDropping(**FAST)], max_steps=20)
+    with pytest.warns(UserWarning, match="No validation batch"):
+        trainer.fit(ToyModule(), toy_loader(80))
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert "dropping" not in data and "No validation batch" in data["warnings"][0]
+    flops = data["final"]["flops"]
+    assert flops["compressed"] == pytest.approx(data["steps"][-1]["flops_ratio"] * flops["dense"])
+    assert "<h2>Tokens</h2>" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_drops_nothing_keeps_no_texts(tmp_path: Path) -> None:
+    report = CompressionReport(str(tmp_path), lengths=[6], every_n_steps=2)
+    method = SoftThresholdRank(target_params=0.5, rank_multiple=4)
+    toy_trainer(callbacks=[report, method], max_steps=4).fit(ToyModule(), toy_loader(), toy_loader())
+    assert report._seen.batches == []
+    assert "dropping" not in json.loads((tmp_path / "report.json").read_text())
+
+
+def latest_pass(**goal: float) -> tuple[float, dict[str, float]]:
+    compressor = Compressor(tiny_bert(), [ContributionTokenDroppingConfig(**goal, **FAST)])
+    compressor.prepare()
+    handle: Any = dropping_handle(compressor)
+    assert dropping_in_step(handle)[0] == 1.0
+    update(handle, 0.5)
+    compressor.begin_step()
+    compressor.model(**ragged_batch([6, 3, 4]))
+    compressor.take_loss_terms()
+    compressor.begin_step()
+    return dropping_in_step(handle)
+
+
+def test_a_token_target_still_tells_flops() -> None:
+    torch.manual_seed(0)
+    share, known = latest_pass(target_tokens=0.5)
+    torch.manual_seed(0)
+    expected, of_flops = latest_pass(target_flops=0.5)
+    assert share == pytest.approx(expected) == of_flops["ratio"]
+    assert known["ratio"] == known["tokens_kept"] == pytest.approx(of_flops["tokens_kept"]) != share
+    assert 0.5 < known["target"] == of_flops["target"] < 1.0
+
+
+def test_counts_fates_and_costs_agree_with_the_model() -> None:
+    model, batch = dropping_bert(), ragged_batch([6, 2, 4], padded=8)
+    found = measure_dropping(model, tiny_bert(), [batch])
+    assert found is not None
+    model(**batch)
+    encoder = packed_encoder(model)
+    assert encoder is not None
+    kept_BL = torch.stack([segments.lengths_B for segments in encoder.latest], dim=1)
+    assert found.record.layers == pytest.approx((kept_BL.sum(dim=0) / 12).tolist())
+    assert [len(text.tokens) for text in found.record.texts] == [6, 2, 4]
+    for text, kept_L in zip(found.record.texts, kept_BL.tolist(), strict=True):
+        assert [sum(layers > layer for layers in text.layers) for layer in range(2)] == kept_L
+        assert text.layers[0] == 2, "the first token never leaves"
+    costs = count_kept_flops(model, kept_BL, torch.tensor([6, 2, 4]))
+    assert found.flops == pytest.approx(float(costs.mean()))
+    assert found.dense_flops == pytest.approx(count_flops(tiny_bert(), [6, 2, 4]).total / 3)
+
+
+def test_labels_and_predictions_have_the_names_of_the_model() -> None:
+    model, batch = dropping_bert(), ragged_batch([4, 5])
+    model.config.id2label = {0: "no", 1: "yes"}
+    found = measure_dropping(model, tiny_bert(), [batch])
+    assert found is not None
+    names = ["no", "yes"]
+    assert [text.label for text in found.record.texts] == [names[label] for label in batch["labels"].tolist()]
+    assert [text.prediction for text in found.record.texts] == [
+        names[label] for label in model(**batch).logits.argmax(dim=-1).tolist()
+    ]
+
+
+def test_a_regression_shows_numbers_and_is_scored_by_correlation() -> None:
+    batch = ragged_batch([4, 5, 6])
+    batch["labels"] = torch.tensor([0.25, 1.5, 2.0])
+    found = measure_dropping(dropping_bert(num_labels=1), tiny_bert(num_labels=1), [batch])
+    assert found is not None and found.record.metric == "correlation"
+    assert [text.label for text in found.record.texts] == ["0.25", "1.5", "2"]
+    assert len(found.record.curve) == 5
+
+
+def test_without_labels_there_is_no_curve_and_no_label() -> None:
+    batch = ragged_batch([4, 5])
+    del batch["labels"]
+    found = measure_dropping(dropping_bert(), tiny_bert(), [batch])
+    assert found is not None and found.record.curve == ()
+    assert {text.label for text in found.record.texts} == {None}
+    assert None not in {text.prediction for text in found.record.texts}
+
+
+def test_measuring_leaves_the_mode_and_the_dial_as_they_were() -> None:
+    model = dropping_bert().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert measure_dropping(model, tiny_bert(), [ragged_batch([4])]) is not None
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_drops_nothing_or_no_text_gives_nothing() -> None:
+    assert measure_dropping(tiny_bert(), tiny_bert(), [ragged_batch([4])]) is None
+    assert measure_dropping(dropping_bert(), tiny_bert(), []) is None
+
+
+def test_short_texts_from_all_over_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_compress.callbacks.dropping_report._SHORT", 3)
+    batches = [ragged_batch([6] + [3] * 7, seed=seed) for seed in range(3)]
+    found = measure_dropping(dropping_bert(), tiny_bert(), batches)
+    assert found is not None
+    assert [len(text.tokens) for text in found.record.texts] == [3] * 12
+    ids = [" ".join(map(str, batch["input_ids"][row, :3].tolist())) for batch in batches for row in range(8)]
+    places = [ids.index(" ".join(text.tokens)) for text in found.record.texts]
+    assert places == sorted(places) and places[0] < 8 <= places[6] and places[-1] >= 16
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pieces"),
+    [
+        (None, ["2", "7"]),
+        (object(), ["2", "7"]),
+        (Tokenizer(), ["<s>", "w7"]),
+        (Tokenizer("Ġ"), ["<s>", "Ġé7"]),
+    ],
+    ids=["none", "unable", "wordpiece", "bytes"],
+)
+def test_pieces_are_the_tokenizers_with_bytes_read_as_text(tokenizer: Any, pieces: list[str]) -> None:
+    batch = {"input_ids": torch.tensor([[2, 7]])}
+    found = measure_dropping(dropping_bert(), tiny_bert(), [batch], tokenizer)
+    assert found is not None
+    assert list(found.record.texts[0].tokens) == pieces
+
+
+def test_batches_are_kept_once_up_to_a_limit_and_in_order() -> None:
+    seen = SeenBatches()
+    for index in (1, 0, 1, *range(2, 30)):
+        seen.see(
+            {"input_ids": torch.full((40, 2), index), "label": torch.zeros(40), "text": ["a"] * 40}, index
+        )
+    sizes = [len(batch["input_ids"]) for batch in seen.batches]
+    assert sum(sizes) == 320 and len(sizes) <= 10
+    assert [int(batch["input_ids"][0, 0]) for batch in seen.batches] == list(range(len(sizes)))
+    assert set(seen.batches[0]) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    "batch", [[torch.ones(2, 2)], {"x": 1}, {"input_ids": [[1]]}, SimpleNamespace(input_ids=1)], ids=str
+)
+def test_batches_of_another_kind_are_passed_over(batch: Any) -> None:
+    seen = SeenBatches()
+    seen.see(batch, 0)
+    assert seen.batches == []
+
+
+def test_batches_that_only_act_like_dicts_are_kept() -> None:
+    seen = SeenBatches()
+    seen.see(UserDict(input_ids=ToyTexts(2).ids), 0)
+    assert torch.equal(seen.batches[0]["input_ids"], ToyTexts(2).ids)
