@@ -61,27 +61,52 @@ class LeanLayer:
         """Return the rows after the layer, ``[N, D]``.
 
         Args:
-            hidden_ND: The rows before the layer.
+            hidden_ND: The rows before the layer. More than ``segments`` knows of may follow: they are carried along,
+                and seen by nobody.
             segments: Which sequence each row belongs to.
             queries_B: One row of each sequence, in order: all rows serve as keys and values, and only these are
                 computed and returned, ``[B, D]``. None computes all.
         """
         attended_QA = self._attend(hidden_ND, segments, queries_B)
-        residual_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
-        output_QD = _dropped(self._output_dropout, _run(self._output.module, attended_QA))
-        hidden_QD = _run(self._attention_norm.module, output_QD + residual_QD)
-        inner = _run(self._activation.module, _run(self._ffn_in.module, hidden_QD))
-        output_QD = _dropped(self._ffn_dropout, _run(self._ffn_out.module, inner))
-        return _run(self._ffn_norm.module, output_QD + hidden_QD)
+        return self.after_attention(
+            attended_QA, hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
+        )
+
+    def padded(self, hidden_BTD: Tensor, seen_BT: Tensor, *, first_only: bool = False) -> Tensor:
+        """Return the states after the layer, ``[B, T, D]``, for shapes that must not depend on values; in evaluation.
+
+        Args:
+            hidden_BTD: The states before the layer.
+            seen_BT: True for tokens that serve as keys; the others come out as they may.
+            first_only: Compute and return the first token of each sequence only, ``[B, 1, D]``.
+        """
+        queries_BQD = hidden_BTD[:, :1] if first_only else hidden_BTD
+        if hidden_BTD.shape[1] == 1:  # the only key gets all the attention
+            return self.after_attention(_run(self._value.module, hidden_BTD), queries_BQD)
+        query, key, value = (part.transpose(1, 2) for part in self._project_padded(hidden_BTD, first_only))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_BT[:, None, None, :])
+        return self.after_attention(attended.transpose(1, 2).flatten(2), queries_BQD)
+
+    def after_attention(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """Return what the layer makes of attended values ``[..., A]`` and what went in, ``[..., D]``."""
+        output = _dropped(self._output_dropout, _run(self._output.module, attended))
+        hidden = _run(self._attention_norm.module, output + residual)
+        inner = _run(self._activation.module, _run(self._ffn_in.module, hidden))
+        output = _dropped(self._ffn_dropout, _run(self._ffn_out.module, inner))
+        return _run(self._ffn_norm.module, output + hidden)
 
     def _attend(self, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
         dropout = self._attention_dropout.module if self._attention_dropout is not None else None
         probability = float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
         if segments.num_rows == segments.num_sequences and probability == 0.0:
             return _run(self._value.module, hidden_ND)  # the only key gets all the attention
-        query, key, value = self._project(hidden_ND, queries_B)
+        query, key, value = (rows[: segments.num_rows] for rows in self._project(hidden_ND, queries_B))
         of_queries = segments if queries_B is None else _one_each(segments, queries_B)
-        return packed_attention(query, key, value, of_queries, segments, dropout=probability).flatten(1)
+        attended_QA = packed_attention(query, key, value, of_queries, segments, dropout=probability).flatten(
+            1
+        )
+        spare = 0 if queries_B is not None else hidden_ND.shape[0] - segments.num_rows
+        return F.pad(attended_QA, (0, 0, 0, spare)) if spare else attended_QA
 
     def _project(self, hidden_ND: Tensor, queries_B: Tensor | None) -> tuple[Tensor, ...]:
         """Return query ``[Q, H, E]``, key and value ``[N, H, E]``."""
@@ -101,6 +126,17 @@ class LeanLayer:
                 *both.split(fused.sizes[1:], dim=1),
             )
         return tuple([rows.unflatten(1, (-1, self.head_dim)) for rows in projected])
+
+    def _project_padded(self, hidden_BTD: Tensor, first_only: bool) -> tuple[Tensor, ...]:
+        """Return query ``[B, Q, H, E]``, key and value ``[B, T, H, E]``."""
+        modules = (self._query.module, self._key.module, self._value.module)
+        fused = None if first_only else self._fused.of(modules)
+        if fused is None:
+            inputs = (hidden_BTD[:, :1] if first_only else hidden_BTD, hidden_BTD, hidden_BTD)
+            projected = [_run(module, states) for module, states in zip(modules, inputs, strict=True)]
+        else:
+            projected = F.linear(hidden_BTD, fused.weight_SD, fused.bias_S).split(fused.sizes, dim=-1)
+        return tuple([states.unflatten(-1, (-1, self.head_dim)) for states in projected])
 
 
 class _Slot:

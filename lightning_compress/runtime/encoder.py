@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from lightning_compress.nn.anatomy import Anatomy
 from lightning_compress.nn.dropping import KeepPolicy, real_tokens
+from lightning_compress.nn.row_buckets import bucket_of, with_spare_rows
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.ops.compact import compact
@@ -91,16 +93,14 @@ class PackedEncoder(nn.Module):
         lean = self._blocks()
         for index, block in enumerate(lean):
             if policy is not None:
-                hidden_ND, segments = _drop(hidden_ND, segments, policy.decide(index, hidden_ND, segments))
+                keep_N = policy.decide(index, hidden_ND[: segments.num_rows], segments)
+                hidden_ND, segments = _drop(hidden_ND, segments, keep_N)
             trail.append(segments)
             is_last = index == len(lean) - 1
-            hidden_ND = _run(
-                block, hidden_ND, segments, segments.firsts_B if self.first_only and is_last else None
-            )
+            queries_B = segments.firsts_B if self.first_only and is_last else None
+            hidden_ND = _run(block, hidden_ND, segments, queries_B)
         self.latest = tuple(trail)
-        output = (
-            hidden_ND.unsqueeze(1) if self.first_only else _restore(hidden_ND, segments, hidden_states.shape)
-        )
+        output = hidden_ND[:, None] if self.first_only else _restore(hidden_ND, segments, hidden_states.shape)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, output))
 
     def _unpad(self, hidden_BTD: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Segments]:
@@ -109,9 +109,10 @@ class PackedEncoder(nn.Module):
         protected_BT = None if self.policy is None else cast(KeepPolicy, self.policy).protected(real_BT)
         segments = Segments.of(real_BT, protected_BT)
         rows = hidden_BTD.flatten(0, 1)
-        return rows if segments.num_rows == rows.shape[0] else rows.index_select(
-            0, segments.origin_N
-        ), segments
+        if segments.num_rows == rows.shape[0]:
+            return with_spare_rows(rows), segments
+        spare = bucket_of(segments.num_rows, rows) - segments.num_rows
+        return rows.index_select(0, F.pad(segments.origin_N, (0, spare))), segments
 
     def _blocks(self) -> list[LeanLayer]:
         """Return a lean block per layer, made anew where layers were removed or replaced."""
@@ -169,8 +170,10 @@ def _refuse_unequal_rows(mask: Tensor | None) -> None:
 def _drop(hidden_ND: Tensor, segments: Segments, keep_N: Tensor | None) -> tuple[Tensor, Segments]:
     if keep_N is None or bool(keep_N.all()):
         return hidden_ND, segments
-    hidden_MD, cu_seqlens_B1, index_M = compact(hidden_ND, keep_N, segments.cu_seqlens_B1)
-    return hidden_MD, segments.select(index_M, cu_seqlens_B1)
+    hidden_MD, cu_seqlens_B1, index_M = compact(
+        hidden_ND[: segments.num_rows], keep_N, segments.cu_seqlens_B1
+    )
+    return with_spare_rows(hidden_MD), segments.select(index_M, cu_seqlens_B1)
 
 
 def _run(block: LeanLayer, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
@@ -182,6 +185,7 @@ def _run(block: LeanLayer, hidden_ND: Tensor, segments: Segments, queries_B: Ten
 
 
 def _restore(hidden_ND: Tensor, segments: Segments, shape_BTD: torch.Size) -> Tensor:
+    hidden_ND = hidden_ND[: segments.num_rows]
     if segments.num_rows == shape_BTD[0] * shape_BTD[1]:
         return hidden_ND.view(shape_BTD)
     empty = hidden_ND.new_zeros((shape_BTD[0] * shape_BTD[1], shape_BTD[2]))

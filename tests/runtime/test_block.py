@@ -53,6 +53,21 @@ def test_single_queries_give_the_rows_that_all_queries_give(classifier, family, 
     torch.testing.assert_close(firsts, everything[segments.firsts_B], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_spare_rows_are_carried_along_and_seen_by_nobody(classifier, context):
+    block, _ = block_of(classifier("bert"))
+    hidden_ND, segments = inputs()
+    spare = torch.full((4, 32), 100.0, dtype=torch.float64)
+    with context():
+        found = block(torch.cat([hidden_ND, spare]), segments)
+        assert found.shape == (16, 32)
+        torch.testing.assert_close(found[:12], block(hidden_ND, segments), rtol=1e-12, atol=1e-12)
+        firsts = block(torch.cat([hidden_ND, spare]), segments, segments.firsts_B)
+        torch.testing.assert_close(
+            firsts, block(hidden_ND, segments, segments.firsts_B), rtol=1e-12, atol=1e-12
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_are_alone_skip_the_attention_and_stay_equal(classifier, family):
     block, layer = block_of(classifier(family))

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.nn import row_buckets
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
+from lightning_compress.runtime import encoder
 from lightning_compress.runtime.encoder import reads_first_token
 from lightning_compress.runtime.packing import pack, packed_encoder, unpack
 from tests.runtime.conftest import FAMILIES, HalfPolicy, MaskedEncoder, ragged
@@ -164,6 +166,26 @@ def test_half_precision_stays_near_and_finite(classifier, dtype, drops):
         torch.testing.assert_close(low.double(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "Model"])
+def test_spare_rows_change_no_result(classifier, head, monkeypatch):
+    model, batch = dropping(classifier("bert", head)), ragged(LENGTHS)
+    seen: list[int] = []
+
+    def bucket(num_rows: int, like: torch.Tensor) -> int:
+        return -(-num_rows // 16) * 16
+
+    with torch.no_grad():
+        expected, kept = model(**batch)[0], origins(model)
+        monkeypatch.setattr(encoder, "bucket_of", bucket)
+        monkeypatch.setattr(row_buckets, "bucket_of", bucket)
+        model.get_submodule(describe(model).layers[0].linears[4].path).register_forward_hook(
+            lambda module, args, output: seen.append(len(output))
+        )
+        torch.testing.assert_close(model(**batch)[0], expected, **EXACT)
+    assert origins(model) == kept
+    assert seen == [bucket(len(kept[0]), expected)] != [len(kept[0])]
+
+
 def test_left_padding_puts_the_first_real_token_where_heads_read(classifier):
     model = pack(classifier("bert"))
     left = ragged([5, 3], width=6, left=True)
@@ -300,12 +322,12 @@ def test_texts_of_padding_only_are_named(classifier):
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "past_key_values"])
 def test_what_only_decoders_use_is_refused(classifier, name):
-    encoder = packed_encoder(pack(classifier("bert", "Model")))
+    packed = packed_encoder(pack(classifier("bert", "Model")))
     hidden = torch.zeros(1, 3, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match=name):
-        encoder(hidden, **{name: hidden})
+        packed(hidden, **{name: hidden})
     with pytest.raises(ValueError, match="is_causal"):
-        encoder(hidden, is_causal=True)
+        packed(hidden, is_causal=True)
 
 
 def test_the_latest_segments_are_those_that_entered_each_attention(classifier):
