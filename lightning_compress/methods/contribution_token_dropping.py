@@ -12,7 +12,7 @@ Paper: AdapLeR (arXiv 2203.08991), equations after its official code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,6 +51,8 @@ _THETA_FLOOR = 1e-3
 _TRAVEL = 2.0
 """Thresholds may cross this distance in the ramp, by default."""
 _MAX_NORM = 1.0
+_COUNTS_COSTS = 50
+"""How often, over a whole training, the cost of a token is counted anew."""
 _MEMORY = 0.9
 _DUAL_RATE = 0.3
 _MULTIPLIER_LIMIT = 10.0
@@ -198,6 +200,9 @@ class ContributionTokenDroppingHandle:
     """Lagrange multiplier of the target."""
     totals: list[float] = field(default_factory=list)
     """Fading sums over passes: cost, dense cost, tokens in the layers, tokens times layers; batches differ much."""
+    costs: tuple[DroppingCosts, DroppingCosts] | None = field(default=None, repr=False)
+    """What tokens cost with the policy, and without; counted again now and then, since other methods shrink layers."""
+    _counted: tuple[str, int] = ("", 0)
     _latest: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -231,10 +236,18 @@ class ContributionTokenDroppingHandle:
         tokens = torch.stack([cost.detach().double(), dense.double()])
         if self.config.target_tokens is None:
             dense_BL = lengths_B[:, None].expand(-1, self.num_layers)
-            dense = DroppingCosts.of(self.model, policy_flops_per_token=0).flops(dense_BL, lengths_B).sum()
-            cost = DroppingCosts.of(self.model).flops(counts_BL, lengths_B).sum()
+            with_policy, without = self._count_costs()
+            dense = without.flops(dense_BL, lengths_B).sum()
+            cost = with_policy.flops(counts_BL, lengths_B).sum()
         self._latest = torch.cat([torch.stack([cost.detach().double(), dense.double()]), tokens])
         return (cost / dense).float()
+
+    def _count_costs(self) -> tuple[DroppingCosts, DroppingCosts]:
+        now = (self.phase, int(self.progress * _COUNTS_COSTS))
+        if self.costs is None or self._counted != now:
+            dense = DroppingCosts.of(self.model, policy_flops_per_token=0)
+            self.costs, self._counted = (DroppingCosts.of(self.model), dense), now
+        return self.costs
 
     def _lengths(self) -> Tensor:
         mask_BT = self.recorder.inputs.get("attention_mask")
@@ -295,13 +308,17 @@ class ContributionTokenDroppingHandle:
     def state_dict(self) -> dict[str, Any]:
         """Phase, multiplier, and the teacher with the saliencies it gave."""
         names = ("phase", "progress", "threshold_lr", "multiplier", "totals")
-        return {**{name: getattr(self, name) for name in names}, "teacher": self.teacher.state_dict()}
+        costs = None if self.costs is None else [asdict(costs) for costs in self.costs]
+        counted = {"costs": costs, "counted": self._counted}
+        return {**{n: getattr(self, n) for n in names}, **counted, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, and the teacher."""
         for name in ("phase", "progress", "threshold_lr", "multiplier", "totals"):
             setattr(self, name, state[name])
-        self._latest = None
+        costs = state["costs"]
+        self.costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
+        self._counted, self._latest = state["counted"], None
         self.policy.is_active = self.phase != "warmup"
         self.policy.slope = _slope(self.config, self.progress)
         self.teacher.load_state_dict(state["teacher"], self.model)

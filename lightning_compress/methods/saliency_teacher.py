@@ -100,7 +100,7 @@ class SaliencyTeacher:
         device = texts["input_ids"].device
         if next(model.parameters()).device != device:
             model.to(device)
-        return _look_up(self.cache, model, texts, inputs.get("labels"))
+        return _look_up(self.cache, model, texts, inputs.get("labels"))  # type: ignore[call-arg]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was said so far and, of a student that is its own teacher, its weights."""

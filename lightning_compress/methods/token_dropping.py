@@ -90,7 +90,8 @@ class TokenGuard:
         """Note where the protected ids are."""
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids_BT, Tensor):
-            self.policy.guarded_BT = torch.isin(ids_BT, torch.tensor(self.token_ids, device=ids_BT.device))
+            token_ids = torch.tensor(self.token_ids, device=ids_BT.device)
+            self.policy.guarded_BT = (ids_BT.unsqueeze(-1) == token_ids).any(-1)  # ONNX has no `isin`
 
 
 def install_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[int]) -> Ledger:
@@ -116,7 +117,12 @@ def install_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence
 
 
 def deploy_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[int], ledger: Ledger) -> None:
-    """Put the packed engine, with a policy to deploy, in the encoder's place."""
+    """Put the packed engine, with a policy to deploy, in the encoder's place.
+
+    The policy is frozen: hard decisions give it no gradient, and whoever fine-tunes the model further (under DDP, say)
+    has no parameter that waits for one.
+    """
+    policy.requires_grad_(False)
     path = encoder_path(model)
     encoder = get_module(model, path)
     _place(policy, encoder)
