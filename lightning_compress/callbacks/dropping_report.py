@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_compress.compressor import Compressor
 from lightning_compress.methods import MethodHandle
 from lightning_compress.nn.contribution_token_dropping import ExpectedTokens
 from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.nn.tape import Tape, TokensKept
 from lightning_compress.report import DialRecord, DroppingRecord, TokenText
 from lightning_compress.runtime import PackedEncoder, packed_encoder
 from lightning_compress.runtime.dial import sweep_threshold_scale
@@ -74,17 +75,21 @@ def dropping_handle(compressor: Compressor) -> MethodHandle | None:
     return next((handle for handle in compressor.handles.values() if "tokens_kept" in handle.metrics()), None)
 
 
-def dropping_in_step(handle: MethodHandle) -> tuple[float, dict[str, float]]:
+def dropping_in_step(handle: MethodHandle, batch: Any = None) -> tuple[float, dict[str, float]]:
     """Return the share of FLOPs that the latest pass spent, and what a step record says of tokens.
 
     The share is of the model as it is now, with every token kept.
+
+    Args:
+        handle: Of a method that drops tokens.
+        batch: What the pass was over; looked at where the method itself measures tokens, not FLOPs.
     """
     metrics = handle.metrics()
     known = {name: metrics[name] for name in ("tokens_kept", "ratio", "threshold") if name in metrics}
-    if getattr(handle.config, "target", None) is not None:
-        known["target"] = float(cast(Any, handle).scheduled_target)
-    is_of_flops = getattr(handle.config, "target_tokens", None) is None
-    return (metrics["ratio"] if is_of_flops else _flops_of_pass(cast(Any, handle))), known
+    if handle.config.target is not None:
+        known["target"] = _scheduled(handle)
+    is_of_flops = handle.config.target_tokens is None
+    return (metrics["ratio"] if is_of_flops else _flops_of_pass(handle, batch)), known
 
 
 def measure_dropping(
@@ -219,16 +224,41 @@ def _curve(
     )
 
 
-def _flops_of_pass(handle: Any) -> float:
+def _scheduled(handle: Any) -> float:
+    goal = getattr(handle, "goal", None)
+    return float(handle.scheduled_target if goal is None else goal.scheduled(handle.progress))
+
+
+def _flops_of_pass(handle: Any, batch: Any) -> float:
     """Share of FLOPs of the latest pass, where the method itself measures tokens."""
-    if handle.phase == "warmup":
+    counts_BL, lengths_B = _counts_on_tape(handle.tape), _lengths(batch)
+    if counts_BL is None:
         return 1.0
-    counts_BL = torch.stack([record.count_B.detach() for record in handle.tape.read(ExpectedTokens)], dim=1)
-    ids_BT, mask_BT = (handle.recorder.inputs.get(name) for name in ("input_ids", "attention_mask"))
-    lengths_B = (torch.ones_like(ids_BT) if mask_BT is None else mask_BT.bool()).sum(dim=1)
+    if lengths_B is None or lengths_B.shape[0] != counts_BL.shape[0]:
+        return handle.metrics()["tokens_kept"]
     dense_BL = lengths_B[:, None].expand_as(counts_BL)
     dense = DroppingCosts.of(handle.model, policy_flops_per_token=0).flops(dense_BL, lengths_B).sum()
     return float(DroppingCosts.of(handle.model).flops(counts_BL, lengths_B).sum() / dense)
+
+
+def _counts_on_tape(tape: Tape) -> Tensor | None:
+    """Tokens that entered each layer in the latest pass; None while nothing is dropped."""
+    for kind in (ExpectedTokens, TokensKept):
+        try:
+            records: list[Any] = tape.read(kind)
+        except LookupError:
+            continue
+        counts = [r.count_B if kind is ExpectedTokens else r.keep_BT.sum(dim=1) for r in records]
+        return torch.stack(counts, dim=1).detach()
+    return None
+
+
+def _lengths(batch: Any) -> Tensor | None:
+    ids_BT = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids_BT, Tensor):
+        return None
+    mask_BT = batch.get("attention_mask")
+    return (torch.ones_like(ids_BT) if mask_BT is None else mask_BT.bool()).sum(dim=1)
 
 
 def _scale_of(encoder: PackedEncoder) -> float | None:

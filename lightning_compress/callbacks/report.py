@@ -108,7 +108,7 @@ class CompressionReport(Callback):
         flops_ratio = count_flops(compressor.model, self.lengths).total / dense_flops
         handle, of_tokens = dropping_handle(compressor), {}
         if handle is not None:
-            kept, of_tokens = dropping_in_step(handle)
+            kept, of_tokens = dropping_in_step(handle, batch)
             flops_ratio *= kept
         self._steps.append(
             StepRecord(

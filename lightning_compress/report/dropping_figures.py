@@ -121,13 +121,13 @@ def draw_dropping_course(steps: Sequence[StepRecord], goal: str) -> str:
         left.legend(fontsize=9, loc="lower left")
         tidy(middle, second[0])
         _line(middle, steps, second[1], ACCENT, 1.8)
-        tidy(right, "Mean threshold")
+        tidy(right, "Threshold")
         _line(right, steps, lambda step: step.threshold, ACCENT, 1.8)
         for axes in (left, middle):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(0, 1.1)
-        right.set_ylim(bottom=0)
-        right.margins(y=0.2)
+        thresholds = [step.threshold or 0.0 for step in steps]
+        right.set_ylim(1.15 * min(0.0, *thresholds), 1.15 * max(0.0, *thresholds) or 1.0)
         for axes in (left, middle, right):
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

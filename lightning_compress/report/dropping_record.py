@@ -62,12 +62,9 @@ class DialRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DialRecord":
         """Rebuild a point; raises ValueError naming the field that is wrong."""
-        score = data.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"field 'score' is {score!r}: expected a finite number")
         return cls(
             scale=number_field(data, "scale"),
-            score=float(score),
+            score=number_field(data, "score", lower=-math.inf),
             flops_ratio=number_field(data, "flops_ratio"),
         )
 

@@ -10,11 +10,11 @@ from typing import Any
 __all__ = ["count_field", "list_field", "mapping_field", "number_field", "optional_field", "text_field"]
 
 
-def number_field(data: Mapping[str, Any], name: str, upper: float = math.inf) -> float:
-    """Return a finite number of at least 0; raises ValueError naming the field."""
+def number_field(data: Mapping[str, Any], name: str, upper: float = math.inf, *, lower: float = 0.0) -> float:
+    """Return a finite number from `lower` to `upper`; raises ValueError naming the field."""
     value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= upper:
-        raise ValueError(f"field {name!r} is {value!r}: expected a number in [0, {upper:g}]")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lower <= value <= upper:
+        raise ValueError(f"field {name!r} is {value!r}: expected a number in [{lower:g}, {upper:g}]")
     if not math.isfinite(value):
         raise ValueError(f"field {name!r} is {value!r}: expected a finite number")
     return float(value)
@@ -46,9 +46,9 @@ def mapping_field(
     return value
 
 
-def optional_field(data: Mapping[str, Any], name: str) -> float | None:
-    """Return a finite number of at least 0, None where it is absent; raises ValueError naming the field."""
-    return None if data.get(name) is None else number_field(data, name)
+def optional_field(data: Mapping[str, Any], name: str, lower: float = 0.0) -> float | None:
+    """Return a finite number of at least `lower`, None where it is absent; raises ValueError naming the field."""
+    return None if data.get(name) is None else number_field(data, name, lower=lower)
 
 
 def list_field(data: Mapping[str, Any], name: str) -> list[Any]:

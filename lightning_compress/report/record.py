@@ -52,7 +52,7 @@ class StepRecord:
     target: float | None = None
     """The ratio that was scheduled for this step."""
     threshold: float | None = None
-    """Mean threshold of the layers that drop."""
+    """Threshold, a mean over the layers that drop; of any sign, as methods have it."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StepRecord":
@@ -70,7 +70,10 @@ class StepRecord:
                 for path in ranks
             },
             loss={name: math.nan if value is None else float(value) for name, value in losses.items()},
-            **{name: optional_field(data, name) for name in _OF_TOKENS},
+            tokens_kept=optional_field(data, "tokens_kept"),
+            ratio=optional_field(data, "ratio"),
+            target=optional_field(data, "target"),
+            threshold=optional_field(data, "threshold", lower=-math.inf),
         )
 
     def to_dict(self) -> dict[str, Any]:

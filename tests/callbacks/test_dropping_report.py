@@ -117,13 +117,18 @@ def latest_pass(**goal: float) -> tuple[float, dict[str, float]]:
     compressor = Compressor(tiny_bert(), [ContributionTokenDroppingConfig(**goal, **FAST)])
     compressor.prepare()
     handle: Any = dropping_handle(compressor)
-    assert dropping_in_step(handle)[0] == 1.0
+    assert dropping_in_step(handle)[0] == 1.0, "nothing is dropped in the warm-up"
     update(handle, 0.5)
     compressor.begin_step()
-    compressor.model(**ragged_batch([6, 3, 4]))
+    batch = ragged_batch([6, 3, 4])
+    compressor.model(**batch)
     compressor.take_loss_terms()
     compressor.begin_step()
-    return dropping_in_step(handle)
+    assert (
+        dropping_in_step(handle, {"x": batch})[0]
+        == handle.metrics()["tokens_kept" if "target_tokens" in goal else "ratio"]
+    )
+    return dropping_in_step(handle, batch)
 
 
 def test_a_token_target_still_tells_flops() -> None:

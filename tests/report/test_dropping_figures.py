@@ -40,7 +40,7 @@ def test_the_dial_without_target_and_of_one_point_can_be_drawn():
 def test_the_course_shows_ratio_schedule_tokens_and_thresholds(dropping_run: dict):
     steps = RunRecord.from_dict(dropping_run).steps
     words = words_of(figures.draw_dropping_course(steps, "FLOPs"))
-    assert {"FLOPs left", "Tokens kept", "Mean threshold", "measured", "scheduled"} <= set(words)
+    assert {"FLOPs left", "Tokens kept", "Threshold", "measured", "scheduled"} <= set(words)
     assert words.count("ramp") == words.count("recovery") == 1
 
 
@@ -56,3 +56,12 @@ def test_the_course_without_schedule_or_thresholds_can_be_drawn(dropping_run: di
     words = words_of(figures.draw_dropping_course(RunRecord.from_dict(dropping_run).steps, "FLOPs"))
     assert "measured" in words
     assert "scheduled" not in words
+
+
+def test_thresholds_may_be_negative(dropping_run: dict):
+    for step in dropping_run["steps"]:
+        step["threshold"] -= 1.0
+    record = RunRecord.from_dict(dropping_run)
+    assert record.steps[0].threshold == -0.75
+    words = words_of(figures.draw_dropping_course(record.steps, "FLOPs"))
+    assert any(word.startswith("-0.") for word in words)

@@ -27,6 +27,7 @@ def test_what_may_be_absent_has_a_word_for_it():
     assert list_field(DATA, "absent") == []
     assert optional_field(DATA, "absent") is optional_field(DATA, "none") is None
     assert optional_field(DATA, "number") == 0.5
+    assert optional_field({"x": -3.0}, "x", lower=-math.inf) == -3.0
 
 
 @pytest.mark.parametrize("value", [None, "1", True, -0.1, 2.0, math.nan, math.inf])
