@@ -89,19 +89,24 @@ VARIANTS: dict[str, Callable[[], Callback] | None] = {
 
 
 class StepClock(Callback):
-    """Time of each training step."""
+    """Time of each training step, of the first epoch and of later ones."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self._start = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop it."""
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds[trainer.current_epoch == 0].append(time.perf_counter() - self._start)
+
+    def median(self, *, first_epoch: bool) -> float | None:
+        """Return the median of those steps in seconds; None if there were none."""
+        steps = self.seconds[first_epoch]
+        return round(statistics.median(steps), 4) if steps else None
 
 
 def data_of(name: str, batch_size: int | None = None, bucket: bool = True) -> TextClassificationData:
@@ -143,12 +148,12 @@ def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     model = module.model
     assert model is not None
     save(model, data, folder_of(name, variant, seed))
-    steps = sorted(clock.seconds[2:])
     return {
         **header(name, variant, seed),
         "learning_rate": LEARNING_RATE,
         "fit_seconds": round(seconds, 1),
-        "step_seconds": round(steps[len(steps) // 2], 4),
+        "step_seconds": clock.median(first_epoch=True),
+        "later_step_seconds": clock.median(first_epoch=False),
         **evaluate(model, data),
     }
 
