@@ -28,6 +28,7 @@ __all__ = [
     "Trial",
     "check_batch",
     "dropping_encoder",
+    "inputs_of",
     "kept_counts",
     "scale_of",
 ]
@@ -89,6 +90,17 @@ def kept_counts(encoder: PackedEncoder) -> Tensor:
     return torch.stack([segments.lengths_B for segments in encoder.latest], dim=1)
 
 
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return what of a batch the model takes, on its device, without labels."""
+    names = set(inspect.signature(model.forward).parameters) - {"labels"}
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name in names
+    }
+
+
 def check_batch(batch: Any) -> None:
     """Refuse a batch that the dial cannot be measured with.
 
@@ -127,7 +139,6 @@ class Trial:
         self.score = score or _default_score(self.model)
         self.costs = DroppingCosts.of(self.model)
         self.dense_costs = DroppingCosts.of(self.model, policy_flops_per_token=0)
-        self._names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
 
     @torch.no_grad()
     def at(self, scale: float) -> DialPoint:
@@ -143,11 +154,9 @@ class Trial:
             buffer.copy_(before)
 
     def _measure(self, scale: float) -> DialPoint:
-        device = next(self.model.parameters()).device
         logits, labels, kept, lengths = [], [], [], []
         for batch in self.batches:
-            inputs = {name: value for name, value in batch.items() if name in self._names}
-            inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+            inputs = inputs_of(self.model, batch)
             logits.append(self.model(**inputs).logits.float().cpu())
             labels.append(batch["labels"].cpu())
             kept.append(kept_counts(self.encoder).cpu())
