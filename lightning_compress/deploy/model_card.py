@@ -10,11 +10,18 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from lightning_compress.deploy.dropping_card import (
+    NOTE_ON_SIZE,
+    describe_dropping,
+    drops_tokens,
+    flops_of_text,
+)
 from lightning_compress.deploy.skeleton import build_skeleton
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_flops, count_parameters
@@ -109,12 +116,17 @@ def model_card(
     sections = [
         _front_matter(model, plan),
         f"# {type(model).__name__}, compressed with lightning-compress",
-        _how_to_load(model),
+        _how_to_load(model, plan),
         "## Size",
-        _size_table(model, weight_bytes),
+        _size_table(model, weight_bytes, drops_tokens(plan)),
         "## Structure",
         *(_structure(model, record) for record in plan.methods),
     ]
+    kept = _mean_tokens_kept(measurements) if drops_tokens(plan) else None
+    if kept is not None:
+        sections.append(
+            f"Measured below: {kept} of the tokens enter a layer, on average over layers and texts."
+        )
     if measurements:
         sections += ["## Measured", *map(_measured, measurements)]
     return "\n\n".join(sections) + "\n"
@@ -131,8 +143,14 @@ def _front_matter(model: PreTrainedModel, plan: CompressionPlan) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag.replace('_', '-')}" for tag in tags), "---"])
 
 
-def _how_to_load(model: PreTrainedModel) -> str:
+def _how_to_load(model: PreTrainedModel, plan: CompressionPlan) -> str:
     name = type(model).__name__
+    keeps_weights = drops_tokens(plan) and len(plan.methods) == 1
+    otherwise = (
+        "opens the dense model, in which no token leaves"
+        if keeps_weights
+        else "leaves the compressed layers at random values"
+    )
     return (
         "The model opens with transformers once lightning-compress is imported (`pip install "
         "lightning-compress`):\n\n"
@@ -141,30 +159,32 @@ def _how_to_load(model: PreTrainedModel) -> str:
         f"from transformers import {name}\n\n"
         f'model = {name}.from_pretrained("path/to/this/folder")\n'
         "```\n\n"
-        "Without that import transformers only warns, and leaves the compressed layers at random values."
+        f"Without that import transformers only warns, and {otherwise}."
     )
 
 
-def _size_table(model: PreTrainedModel, weight_bytes: int) -> str:
+def _size_table(model: PreTrainedModel, weight_bytes: int, drops: bool) -> str:
     dense = build_skeleton(model, None)
     before, after = count_parameters(dense), count_parameters(model)
-    flops_before, flops_after = (count_flops(m, [_TOKENS]).total for m in (dense, model))
+    flops_before = count_flops(dense, [_TOKENS]).total
+    flops_after = flops_of_text(model, _TOKENS) if drops else count_flops(model, [_TOKENS]).total
     rows = [
         ("parameters of the linear layers", before.linear, after.linear),
         ("parameters of all layers", before.encoder, after.encoder),
         ("parameters in total", before.total, after.total),
-        (f"FLOPs for one text of {_TOKENS} tokens", flops_before, flops_after),
+        (f"FLOPs for one text of {_TOKENS} tokens" + ", if none leaves" * drops, flops_before, flops_after),
         ("bytes of the weights on disk", before.total * model.dtype.itemsize, weight_bytes),
     ]
     table = _table(
         ["", "dense", "compressed", "ratio"],
         [[name, f"{was:,.0f}", f"{now:,.0f}", f"{now / was:.3f}"] for name, was, now in rows],
     )
-    return f"{table}\n\nFLOPs are 2 MACs, counted; the dense bytes are computed from the parameters."
+    note = f"{NOTE_ON_SIZE}\n\n" if drops else ""
+    return f"{table}\n\n{note}FLOPs are 2 MACs, counted; the dense bytes are computed from the parameters."
 
 
 def _structure(model: PreTrainedModel, record: MethodRecord) -> str:
-    settings = ", ".join(f"`{name}={value!r}`" for name, value in record.config.items())
+    settings = ", ".join(f"`{name}={value!r}`" for name, value in record.config.items() if value is not None)
     write = _STRUCTURES.get(record.method, _structure_as_json)
     parts = f"### {record.method}", settings, write(model, record.structure)
     return "\n\n".join(part for part in parts if part)
@@ -191,8 +211,20 @@ def _structure_as_json(model: PreTrainedModel, structure: Mapping[str, Any]) -> 
 
 
 _STRUCTURES: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], str]] = {
-    "soft_threshold_rank": _rank_table
+    "soft_threshold_rank": _rank_table,
+    **{
+        method: partial(describe_dropping, method=method)
+        for method in ("contribution_token_dropping", "bottleneck_token_dropping")
+    },
 }
+
+
+def _mean_tokens_kept(measurements: Sequence[MeasuredTable]) -> str | None:
+    """The shares under ``tokens_kept`` in measured rows, as text; a dense row beside them does not count."""
+    rows = [row for table in measurements for row in table.rows]
+    shares = [row["tokens_kept"] for row in rows if isinstance(row.get("tokens_kept"), float)]
+    found = sorted({share for share in shares if 0.0 < share < 1.0})
+    return " to ".join(f"{100 * share:.1f} %" for share in dict.fromkeys([*found[:1], *found[-1:]])) or None
 
 
 def _measured(table: MeasuredTable) -> str:
