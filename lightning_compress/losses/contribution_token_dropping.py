@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.losses.base import LossMixin
-from lightning_compress.nn.contribution_token_dropping import ContributionShares, ExpectedTokens
+from lightning_compress.nn.contribution_token_dropping import ContributionShares, ExpectedTokens, KeyBias
 
 __all__ = [
     "ContributionTokenDroppingLossMixin",
@@ -48,7 +48,7 @@ def saliency_target(saliency_BT: Tensor, survival_BT: Tensor, theta: Tensor | fl
     """
     share_BT = _normalised((saliency_BT * survival_BT).detach())
     factor = theta.detach() if isinstance(theta, Tensor) else theta
-    return _normalised(torch.cat([share_BT[:, :1] * factor, share_BT[:, 1:]], dim=1))
+    return _normalised(torch.where(_is_first(survival_BT), share_BT * factor, share_BT))
 
 
 def saliency_divergence(target_BT: Tensor, share_BT: Tensor, survival_BT: Tensor) -> Tensor:
@@ -63,9 +63,7 @@ def saliency_divergence(target_BT: Tensor, share_BT: Tensor, survival_BT: Tensor
     """
     q_BT, p_BT = target_BT.clamp(_FLOOR, 1.0), share_BT.clamp(_FLOOR, 1.0)
     terms_BT = torch.where(survival_BT > 0, q_BT * (q_BT.log() - p_BT.log()), torch.zeros_like(q_BT))
-    if survival_BT.shape[1] < 2:
-        return 0.0 * terms_BT.sum()
-    weight_B = survival_BT[:, 1:].amax(dim=1).detach()
+    weight_B = survival_BT.masked_fill(_is_first(survival_BT), 0.0).amax(dim=1).detach()
     return (weight_B * terms_BT.sum(dim=1)).mean()
 
 
@@ -116,7 +114,7 @@ def terms(handle: Any) -> dict[str, Tensor]:
         weighted.append((handle.num_layers - record.layer) * divergence)
     distance = config.saliency_weight * torch.stack(weighted).sum()
     if config.saliency_to_encoder:
-        distance = distance - _leak(distance, shares)
+        distance = distance - _leak(distance, handle.tape.read(KeyBias))
     counts = [record.count_B for record in handle.tape.read(ExpectedTokens)]
     return {"saliency": distance, "length": _length(handle, counts)}
 
@@ -130,14 +128,14 @@ def _length(handle: Any, counts: list[Tensor]) -> Tensor:
     return cost_pressure(ratio, handle.scheduled_target, handle.multiplier, handle.excess)
 
 
-def _leak(distance: Tensor, shares: Sequence[ContributionShares]) -> Tensor:
+def _leak(distance: Tensor, biases: Sequence[KeyBias]) -> Tensor:
     """Return a term of value 0 with the gradient by which ``distance`` would reach thresholds through hidden states.
 
     A predictor reads what earlier, thresholded attention made; the paper gives the thresholds no gradient of this
     term. What flows into each layer's key bias is found first, then taken off where the bias is a function of
     thresholds alone.
     """
-    reached = [record for record in shares if record.bias_BT.requires_grad]
+    reached = [record for record in biases if record.bias_BT.requires_grad]
     gradients = torch.autograd.grad(
         distance, [record.bias_BT for record in reached], retain_graph=True, allow_unused=True
     )
@@ -148,6 +146,12 @@ def _leak(distance: Tensor, shares: Sequence[ContributionShares]) -> Tensor:
         if gradient_BT is not None
     ]
     return torch.stack([zero, *parts]).sum()
+
+
+def _is_first(survival_BT: Tensor) -> Tensor:
+    """Return where the first token is, which always survives; padding may be on either side."""
+    alive_BT = survival_BT > 0
+    return alive_BT & (alive_BT.cumsum(dim=1) == 1)
 
 
 def _normalised(share_BT: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "ContributionPredictor",
     "ContributionShares",
     "ExpectedTokens",
+    "KeyBias",
     "SoftContributionPolicy",
     "masked_shares",
     "soft_removal",
@@ -49,8 +50,16 @@ class ContributionShares:
     """Predicted contribution; sums to 1 over the survivors. Gradients reach the predictor; the encoder if wanted."""
     survival_BT: Tensor
     """How much of each token got to this layer, in [0, 1]; a constant."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBias:
+    """By how much a layer's attention disfavours each key."""
+
+    layer: int
+    """Index of the layer, from 0."""
     bias_BT: Tensor
-    """Key bias of the layer's attention as it is run, with gradients."""
+    """The bias as it is run, with gradients."""
     threshold_bias_BT: Tensor
     """The same value as a function of the thresholds alone."""
 
@@ -224,30 +233,31 @@ class SoftContributionPolicy(ContributionPolicy):
     def remove(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
         """Decide before ``layer``, write what losses need to know, and return the bias of each key."""
         place = self._place.get(layer)
-        if place is None:
-            survival_BT = state.threshold_survival_BT if self.training else state.survival_BT
-            self.tape.write(ExpectedTokens(layer, survival_BT.sum(dim=1)))
-            return state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
-        if not self.training:
-            return self._remove_hard(layer, place, hidden_BTD, state)
-        return self._remove_softly(layer, place, hidden_BTD, state)
+        if place is not None and self.training:
+            self._remove_softly(layer, place, hidden_BTD, state)
+        elif place is not None:
+            self._remove_hard(layer, place, hidden_BTD, state)
+        bias_BT = state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
+        self.tape.write(KeyBias(layer, bias_BT, state.threshold_bias_BT))
+        self.tape.write(ExpectedTokens(layer, state.threshold_survival_BT.sum(dim=1)))
+        return bias_BT
 
-    def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
-        logits_BT = self._predictor(layer)(hidden_BTD).squeeze(-1).float()
+    def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:
+        logits_BT = _at_least_float(self._predictor(layer)(hidden_BTD).squeeze(-1))
         share_BT = masked_shares(logits_BT, state.survival_BT)
         threshold_B1 = (self.eta_K[place] * self.scale).float() / state.survival_BT.sum(dim=1, keepdim=True)
         keep_BT = (share_BT >= threshold_B1) | state.fixed_BT
-        state.survival_BT = state.survival_BT * keep_BT
+        state.survival_BT = state.threshold_survival_BT = state.survival_BT * keep_BT
         state.bias_BT = torch.zeros_like(state.bias_BT).masked_fill(state.survival_BT == 0, -torch.inf)
         state.threshold_bias_BT = state.bias_BT.new_zeros(())
-        self.tape.write(ExpectedTokens(layer, state.survival_BT.sum(dim=1)))
-        return state.bias_BT
 
-    def _remove_softly(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
+    def _remove_softly(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:
         predictor = self._predictor(layer)
-        logits_BT = predictor(hidden_BTD).squeeze(-1).float()
+        logits_BT = _at_least_float(predictor(hidden_BTD).squeeze(-1))
         share_BT = masked_shares(logits_BT, state.survival_BT)
-        shown = logits_BT if self.shares_reach_encoder else predictor(hidden_BTD.detach()).squeeze(-1).float()
+        shown_BT = logits_BT
+        if not self.shares_reach_encoder:
+            shown_BT = _at_least_float(predictor(hidden_BTD.detach()).squeeze(-1))
         reached_BT = state.survival_BT.detach()
         eta = (self.eta_K[place] * self.scale).float()
         state.survival_BT, state.bias_BT = self._soften(
@@ -258,11 +268,7 @@ class SoftContributionPolicy(ContributionPolicy):
         state.threshold_survival_BT, state.threshold_bias_BT = self._soften(
             scaled_BT, eta, state.threshold_survival_BT, state.threshold_bias_BT, state
         )
-        bias_BT = state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
-        shares = masked_shares(shown, reached_BT)
-        self.tape.write(ContributionShares(layer, shares, reached_BT, bias_BT, state.threshold_bias_BT))
-        self.tape.write(ExpectedTokens(layer, state.threshold_survival_BT.sum(dim=1)))
-        return bias_BT
+        self.tape.write(ContributionShares(layer, masked_shares(shown_BT, reached_BT), reached_BT))
 
     def _soften(
         self, share_BT: Tensor, eta: Tensor, survival_BT: Tensor, bias_BT: Tensor, state: _Pass
@@ -313,6 +319,10 @@ def soft_removal(share: Tensor, threshold: Tensor, slope: float) -> Tensor:
     below = (slope / threshold) * (share - threshold) - _SOFTNESS / slope
     above = (share - 1.0) * _SOFTNESS / (slope * (1.0 - threshold).clamp_min(_GONE))
     return torch.where(share < threshold, below, above).clamp(_HIDDEN, 0.0)
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _scale_first(share_BT: Tensor, factor: Tensor | None, real_BT: Tensor) -> Tensor:
