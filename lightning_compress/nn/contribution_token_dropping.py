@@ -141,7 +141,7 @@ class ContributionPolicy(nn.Module):
         if place is None:
             return None
         logits_N = self._predictor(layer)(hidden_ND).squeeze(-1)
-        threshold_B = (self.eta_K[place] * self.scale).float() / segments.lengths_B
+        threshold_B = _at_least_float(self.eta_K[place] * self.scale) / segments.lengths_B
         share_N = segment_softmax(logits_N, segments)
         if segments.num_sequences == 1:
             keep_N = share_N >= threshold_B
@@ -245,7 +245,9 @@ class SoftContributionPolicy(ContributionPolicy):
     def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:
         logits_BT = _at_least_float(self._predictor(layer)(hidden_BTD).squeeze(-1))
         share_BT = masked_shares(logits_BT, state.survival_BT)
-        threshold_B1 = (self.eta_K[place] * self.scale).float() / state.survival_BT.sum(dim=1, keepdim=True)
+        threshold_B1 = _at_least_float(self.eta_K[place] * self.scale) / state.survival_BT.sum(
+            dim=1, keepdim=True
+        )
         keep_BT = (share_BT >= threshold_B1) | state.fixed_BT
         state.survival_BT = state.threshold_survival_BT = state.survival_BT * keep_BT
         state.bias_BT = torch.zeros_like(state.bias_BT).masked_fill(state.survival_BT == 0, -torch.inf)
@@ -259,7 +261,7 @@ class SoftContributionPolicy(ContributionPolicy):
         if not self.shares_reach_encoder:
             shown_BT = _at_least_float(predictor(hidden_BTD.detach()).squeeze(-1))
         reached_BT = state.survival_BT.detach()
-        eta = (self.eta_K[place] * self.scale).float()
+        eta = _at_least_float(self.eta_K[place] * self.scale)
         state.survival_BT, state.bias_BT = self._soften(
             share_BT, eta.detach(), state.survival_BT, state.bias_BT, state
         )
@@ -321,8 +323,8 @@ def soft_removal(share: Tensor, threshold: Tensor, slope: float) -> Tensor:
     return torch.where(share < threshold, below, above).clamp(_HIDDEN, 0.0)
 
 
-def _at_least_float(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def _at_least_float(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _scale_first(share_BT: Tensor, factor: Tensor | None, real_BT: Tensor) -> Tensor:
