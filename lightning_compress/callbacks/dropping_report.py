@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from lightning_compress.compressor import Compressor
@@ -63,6 +66,16 @@ class SeenBatches:
         if "labels" not in tensors and "label" in tensors:
             tensors["labels"] = tensors.pop("label")
         self._batches[index] = {name: value[:room].detach().cpu().clone() for name, value in tensors.items()}
+
+    def look_up(self, trainer: Trainer) -> None:
+        """Where validation never ran, read the first batches of its data; random numbers stay as they are."""
+        loaders = CombinedLoader(trainer.val_dataloaders or [], "sequential").flattened
+        limits = trainer.num_val_batches
+        if self._batches or not loaders or not limits:
+            return
+        with torch.random.fork_rng(devices=[]):
+            for index, batch in enumerate(islice(loaders[0], int(min(_MOST_BATCHES, limits[0])))):
+                self.see(batch, index)
 
     @property
     def batches(self) -> list[dict[str, Tensor]]:

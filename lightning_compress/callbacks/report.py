@@ -139,6 +139,12 @@ class CompressionReport(Callback):
             self._seen.see(batch, batch_idx)
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look texts up where validation showed none, while the data are there."""
+        if self._drops and trainer.is_global_zero:
+            self._seen.look_up(trainer)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the report of a fit, after the model was converted, whatever the order of callbacks."""
         compressor = _compressor_of(pl_module)
@@ -150,8 +156,7 @@ class CompressionReport(Callback):
         """Return everything noted so far as a record."""
         assert self._dense is not None, "the dense model is counted at the start of training"
         plan, dropping, notes = compressor.plan, None, []
-        drops = any(step.tokens_kept is not None for step in self._steps)
-        if compressor.is_converted and drops:
+        if compressor.is_converted and self._drops:
             dropping = self._measure_dropping(trainer, compressor)
             if dropping is None:
                 notes = [_NO_TEXTS]
@@ -169,6 +174,10 @@ class CompressionReport(Callback):
             warnings=notes,
         )
 
+    @property
+    def _drops(self) -> bool:
+        return any(step.tokens_kept is not None for step in self._steps)
+
     def _measure_dropping(self, trainer: Trainer, compressor: Compressor) -> DroppingMeasurement | None:
         owners = getattr(trainer, "datamodule", None), trainer.lightning_module
         found = (getattr(owner, "tokenizer", None) for owner in owners)
@@ -181,7 +190,7 @@ class CompressionReport(Callback):
         dense_flops, flops = self._dense[1], count_flops(model, self.lengths).total
         if dropping is not None:
             dense_flops, flops = dropping.dense_flops, dropping.flops
-        elif self._steps and self._steps[-1].tokens_kept is not None:
+        elif self._drops:
             flops = self._steps[-1].flops_ratio * dense_flops
         return FinalRecord(
             dense=self._dense[0],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_compress import Compressor
 from lightning_compress.callbacks import CompressionReport, ContributionTokenDropping, SoftThresholdRank
@@ -103,6 +104,30 @@ def test_without_validation_data_flops_are_those_of_training_and_the_page_says_s
     flops = data["final"]["flops"]
     assert flops["compressed"] == pytest.approx(data["steps"][-1]["flops_ratio"] * flops["dense"])
     assert "<h2>Tokens</h2>" not in (tmp_path / "report.html").read_text()
+
+
+def test_where_validation_never_ran_its_data_are_looked_up(tmp_path: Path) -> None:
+    method = ContributionTokenDropping(**FAST)
+    settings = {"num_sanity_val_steps": 0, "val_check_interval": 1000, "check_val_every_n_epoch": None}
+    data = run(tmp_path, ToyData(), method, **settings)
+    assert data["metrics"]["compressed"] == {}
+    assert data["dropping"]["num_texts"] == 24
+
+
+def test_looking_up_draws_no_random_numbers_and_keeps_to_the_limit() -> None:
+    loader = DataLoader(ToyTexts(), batch_size=4, shuffle=True)
+    trainer: Any = SimpleNamespace(val_dataloaders=loader, num_val_batches=[3])
+    before, seen = torch.random.get_rng_state(), SeenBatches()
+    seen.look_up(trainer)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [len(batch["input_ids"]) for batch in seen.batches] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("loaders", "limits"), [(None, []), ([], []), (toy_loader(), [0])])
+def test_there_may_be_nothing_to_look_up(loaders: Any, limits: list[int]) -> None:
+    seen = SeenBatches()
+    seen.look_up(SimpleNamespace(val_dataloaders=loaders, num_val_batches=limits))  # type: ignore[arg-type]
+    assert seen.batches == []
 
 
 def test_a_run_that_drops_nothing_keeps_no_texts(tmp_path: Path) -> None:
