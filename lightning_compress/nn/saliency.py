@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def gradient_saliency(teacher: nn.Module, inputs: Mapping[str, Any], labels_B: T
     Paper: AdapLeR, specification §1.2, stage 1.
     """
     seen: list[Tensor] = []
-    with torch.enable_grad(), _evaluating(teacher), _embeddings_of(teacher, seen):
+    with torch.enable_grad(), _evaluating(teacher), _embeddings_of(teacher, seen), _without_fp16(inputs):
         logits_BC = teacher(**inputs).logits.float()
         (gradient_BTD,) = torch.autograd.grad(_explained(logits_BC, labels_B).sum(), seen[-1])
     saliency_BT = (gradient_BTD.float() * seen[-1].detach().float()).norm(dim=2)
@@ -54,6 +54,15 @@ def _explained(logits_BC: Tensor, labels_B: Tensor | None) -> Tensor:
     predicted_B = logits_BC.argmax(dim=1)
     gold_B = predicted_B if labels_B is None else labels_B.long().flatten()
     return logits_BC.gather(1, torch.where(gold_B < 0, predicted_B, gold_B)[:, None])
+
+
+@contextmanager
+def _without_fp16(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Switch fp16 autocasting off: nobody scales these gradients, and small ones would vanish."""
+    device = inputs["input_ids"].device.type
+    is_on = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if is_on else nullcontext():
+        yield
 
 
 @contextmanager
@@ -107,10 +116,13 @@ class SaliencyCache:
             inputs: ``input_ids`` ``[B, T]`` and what goes with them.
             labels_B: Labels, part of what a text is known by.
             compute: Called as ``compute(inputs, labels_B)`` with the rows that are new, returns their raw saliency.
+
+        Raises:
+            ValueError: If a row holds padding only.
         """
         ids_BT = inputs["input_ids"]
         keys = _keys(inputs, labels_B)
-        new = [row for row, key in enumerate(keys) if key not in self._known]
+        new = list({key: row for row, key in enumerate(keys) if key not in self._known}.values())
         if new:
             rows = torch.tensor(new, device=ids_BT.device)
             part = {name: value[rows] for name, value in inputs.items()}
@@ -157,6 +169,9 @@ def _keys(inputs: Mapping[str, Any], labels_B: Tensor | None) -> list[bytes]:
     ]
     packed_BTX = torch.stack([column.cpu() for column in columns], dim=-1).to(torch.int32)
     masks_BT = _masks(inputs).bool().cpu()
+    if not bool(masks_BT.any(dim=1).all()):
+        empty = (~masks_BT.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"rows {empty} of the batch hold no token, only padding: leave them out")
     labels: Sequence[Any] = [None] * len(packed_BTX) if labels_B is None else labels_B.tolist()
     digests = []
     for row_TX, mask_T, label in zip(packed_BTX, masks_BT, labels, strict=True):
