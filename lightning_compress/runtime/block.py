@@ -99,7 +99,8 @@ class LeanLayer:
         dropout = self._attention_dropout.module if self._attention_dropout is not None else None
         probability = float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
         if segments.num_rows == segments.num_sequences and probability == 0.0:
-            return _run(self._value.module, hidden_ND)  # the only key gets all the attention
+            rows_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
+            return _run(self._value.module, rows_QD)  # the only key gets all the attention
         query, key, value = (rows[: segments.num_rows] for rows in self._project(hidden_ND, queries_B))
         of_queries = segments if queries_B is None else _one_each(segments, queries_B)
         attended_QA = packed_attention(query, key, value, of_queries, segments, dropout=probability).flatten(
