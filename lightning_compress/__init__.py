@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_compress._version import __version__
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, load, plan_of, save_pretrained
-from lightning_compress.losses import ContributionTokenDroppingLossMixin, SoftThresholdRankLossMixin
+from lightning_compress.losses import (
+    BottleneckTokenDroppingLossMixin,
+    ContributionTokenDroppingLossMixin,
+    InformationBottleneckLossMixin,
+    SoftThresholdRankLossMixin,
+)
+from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.plan import CompressionPlan, PlanError
@@ -25,6 +31,7 @@ from lightning_compress.runtime.dial import (
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks import (
+        BottleneckTokenDropping,
         CompressedModelCheckpoint,
         CompressionMixin,
         CompressionReport,
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BottleneckTokenDropping",
+    "BottleneckTokenDroppingConfig",
+    "BottleneckTokenDroppingLossMixin",
     "CompressedModelCheckpoint",
     "CompressionMixin",
     "CompressionPlan",
@@ -42,6 +52,7 @@ __all__ = [
     "Compressor",
     "ContributionTokenDroppingConfig",
     "ContributionTokenDroppingLossMixin",
+    "InformationBottleneckLossMixin",
     "PlanError",
     "SoftThresholdRank",
     "SoftThresholdRankConfig",
@@ -60,6 +71,7 @@ __all__ = [
 ]
 
 _NEED_LIGHTNING = (
+    "BottleneckTokenDropping",
     "CompressedModelCheckpoint",
     "CompressionMixin",
     "CompressionReport",

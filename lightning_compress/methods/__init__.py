@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_compress.methods import contribution_token_dropping, soft_threshold_rank
+from lightning_compress.methods import (
+    bottleneck_token_dropping,
+    contribution_token_dropping,
+    soft_threshold_rank,
+)
 from lightning_compress.methods.base import (
     AuxiliaryGroup,
     MethodConfig,
@@ -29,6 +33,7 @@ __all__ = [
 METHODS: dict[str, MethodModule] = {
     "soft_threshold_rank": soft_threshold_rank,  # type: ignore[dict-item]
     "contribution_token_dropping": contribution_token_dropping,  # type: ignore[dict-item]
+    "bottleneck_token_dropping": bottleneck_token_dropping,  # type: ignore[dict-item]
 }
 
 

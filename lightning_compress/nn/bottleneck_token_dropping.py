@@ -26,6 +26,7 @@ from lightning_compress.nn.token_policy import TokenPolicy
 
 __all__ = [
     "BottleneckPolicy",
+    "ExpectedSurvival",
     "SampledTokens",
     "SoftBottleneckPolicy",
     "TokenSampler",
@@ -42,6 +43,10 @@ _PADDING = -1e4
 _DROPPED = -30.0
 """Bias of a dropped key while training: a weight of 1e-13 of what it would have, from which gradients come back."""
 _DROPPED_FP16 = -9.0
+_NARROW = 0.1
+"""Log odds over which the effect of the threshold is taken where decisions have no noise."""
+_DIAL = 4.0
+"""Log odds by which one e-fold of the dial moves the threshold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,18 @@ class SampledTokens:
     """Probability, or noisy sample, of each token's staying; 1 for protected tokens, 0 for those that left before."""
     real_BT: Tensor
     """True for tokens, False for padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedSurvival:
+    """How many tokens get to a layer on average over the noise, and how that depends on the threshold."""
+
+    layer: int
+    """Index of the layer, from 0."""
+    count_B: Tensor
+    """Each text's expected number of tokens."""
+    slope_B: Tensor
+    """Its derivative by the threshold, at most 0."""
 
 
 class TokenSampler(nn.Sequential):
@@ -73,23 +90,14 @@ class TokenSampler(nn.Sequential):
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__(
-            nn.LayerNorm(hidden_size),
-            nn.Linear(hidden_size, width),
-            nn.LayerNorm(width),
-            nn.GELU(),
-            nn.Linear(width, 2),
-        )
-        last = self[4]
+        first, last = nn.Linear(hidden_size, width), nn.Linear(width, 2)
+        super().__init__(nn.LayerNorm(hidden_size), first, nn.LayerNorm(width), nn.GELU(), last)
+        self.flops_per_token = 2 * (hidden_size * width + width * 2)
+        """FLOPs (2 MACs) per token."""
         nn.init.normal_(last.weight, std=_INIT_STD)
         nn.init.normal_(last.bias, std=_INIT_STD)
         with torch.no_grad():
-            last.bias += torch.tensor([-_INIT_KEEP, _INIT_KEEP]).to(last.bias)
-
-    @property
-    def flops_per_token(self) -> int:
-        """FLOPs (2 MACs) per token."""
-        return 2 * sum(linear.in_features * linear.out_features for linear in (self[1], self[4]))
+            last.bias.add_(torch.tensor([-_INIT_KEEP, _INIT_KEEP]).to(last.bias))
 
     def log_odds(self, hidden: Tensor) -> Tensor:
         """Return the log odds of keeping each token, ``[..., D] -> [...]``, in at least fp32."""
@@ -99,9 +107,10 @@ class TokenSampler(nn.Sequential):
 
 
 class BottleneckPolicy(TokenPolicy):
-    """Keeps a token if its odds of being kept are at least ``scale``.
+    """Keeps a token if its log odds of being kept are at least ``threshold + 4 log(scale)``.
 
-    ``scale`` is the dial: 1 is the more probable of the two, larger values drop more, and below 1 fewer.
+    ``threshold`` is learned, near 0, where keep and drop are equally probable. ``scale`` is the dial: 1 is as trained,
+    0 drops nothing, larger values drop more.
 
     Args:
         hidden_size: Width D of the hidden states.
@@ -113,8 +122,11 @@ class BottleneckPolicy(TokenPolicy):
     that of the sampler without noise.
     """
 
+    threshold: Tensor
+
     def __init__(self, hidden_size: int, layers: Sequence[int], width: int, protect_first: int = 1) -> None:
         super().__init__(layers, protect_first)
+        self.register_buffer("threshold", torch.zeros(()))
         self.samplers = nn.ModuleDict({str(i): TokenSampler(hidden_size, width) for i in layers})
 
     def flops_per_token_of(self, layer: int) -> int:
@@ -122,7 +134,7 @@ class BottleneckPolicy(TokenPolicy):
         return self._sampler(layer).flops_per_token if layer in self.layers else 0
 
     def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
-        """Score the rows, each on its own, and keep those whose odds reach the scale."""
+        """Score the rows, each on its own, and keep those whose log odds reach the threshold."""
         if layer not in self.layers:
             return None
         keep_N = self._margin(layer, hidden_ND) >= 0
@@ -134,7 +146,7 @@ class BottleneckPolicy(TokenPolicy):
     def _margin(self, layer: int, hidden: Tensor) -> Tensor:
         """Return how far each token's log odds are above those asked for."""
         log_odds = self._sampler(layer).log_odds(hidden)
-        return log_odds - self.scale.to(log_odds.dtype).log()
+        return log_odds - (self.threshold + _DIAL * self.scale.log()).to(log_odds.dtype)
 
     def _sampler(self, layer: int) -> TokenSampler:
         sampler = self.samplers[str(layer)]
@@ -152,6 +164,10 @@ class _Pass:
     """1 where a token is still there, with the gradients of straight-through samples."""
     sample_BT: Tensor
     """The soft samples, multiplied up."""
+    survival_BT: Tensor
+    """The probabilities, multiplied up; a constant."""
+    slope_BT: Tensor
+    """Its derivative by the threshold."""
 
 
 class SoftBottleneckPolicy(BottleneckPolicy):
@@ -183,8 +199,8 @@ class SoftBottleneckPolicy(BottleneckPolicy):
         self.tape = tape
         self.penalize = penalize
         self.is_active = True
-        self.is_noisy = True
-        """Whether decisions are drawn while training, or taken as in deployment."""
+        self.noise = 1.0
+        """How noisy decisions are while training: 1 draws by probability, 0 decides as in deployment."""
 
     @property
     def kept_parameters(self) -> int:
@@ -194,35 +210,41 @@ class SoftBottleneckPolicy(BottleneckPolicy):
     def begin(self, real_BT: Tensor) -> _Pass:
         """Start with every real token there."""
         there_BT = real_BT.float()
-        return _Pass(real_BT, self.protected(real_BT), there_BT, there_BT)
+        return _Pass(
+            real_BT, self.protected(real_BT), there_BT, there_BT, there_BT, torch.zeros_like(there_BT)
+        )
 
     def remove(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
         """Decide before ``layer``, write what losses need to know, and return the bias of each key."""
         if layer in self.layers:
-            self._decide_padded(layer, hidden_BTD, state)
+            margin_BT = self._margin(layer, hidden_BTD)
+            if self.training:
+                self._sample(layer, hidden_BTD, margin_BT, state)
+            else:
+                state.mask_BT = state.mask_BT * ((margin_BT >= 0) | state.fixed_BT)
         self.tape.write(TokensKept(layer, state.mask_BT.detach()))
         if not self.training:
             return torch.zeros_like(state.mask_BT).masked_fill(state.mask_BT == 0, -torch.inf)
+        self.tape.write(ExpectedSurvival(layer, state.survival_BT.sum(dim=1), state.slope_BT.sum(dim=1)))
         is_fp16 = compute_dtype(hidden_BTD) == torch.float16
         bias_BT = mask_bias(state.mask_BT, _DROPPED_FP16 if is_fp16 else _DROPPED)
         return bias_BT.masked_fill(~state.real_BT, _PADDING)
 
-    def _decide_padded(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> None:
-        margin_BT = self._margin(layer, hidden_BTD)
-        if not self.training:
-            state.mask_BT = state.mask_BT * ((margin_BT >= 0) | state.fixed_BT)
-            return
-        gate_BT, sample_BT = keep_gate(margin_BT, self.is_noisy)
+    def _sample(self, layer: int, hidden_BTD: Tensor, margin_BT: Tensor, state: _Pass) -> None:
+        gate_BT, sample_BT = keep_gate(margin_BT, self.noise)
         reached_BT = state.mask_BT.detach()
         state.mask_BT = state.mask_BT * gate_BT.masked_fill(state.fixed_BT, 1.0)
         state.sample_BT = state.sample_BT * sample_BT.masked_fill(state.fixed_BT, 1.0)
-        keep_BT = state.sample_BT
-        if self.penalize == "probabilities":
-            keep_BT = margin_BT.sigmoid().masked_fill(state.fixed_BT, 1.0) * reached_BT
+        probability_BT = margin_BT.sigmoid().masked_fill(state.fixed_BT, 1.0)
+        keep_BT = state.sample_BT if self.penalize == "samples" else probability_BT * reached_BT
         self.tape.write(SampledTokens(layer, hidden_BTD, keep_BT, state.real_BT))
+        width = max(self.noise, _NARROW)
+        drawn_BT = (margin_BT.detach() / width).sigmoid().masked_fill(state.fixed_BT, 1.0)
+        slope_BT = state.slope_BT - state.survival_BT * (1.0 - drawn_BT) / width
+        state.survival_BT, state.slope_BT = state.survival_BT * drawn_BT, slope_BT * drawn_BT
 
 
-def keep_gate(log_odds: Tensor, is_noisy: bool = True) -> tuple[Tensor, Tensor]:
+def keep_gate(log_odds: Tensor, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return straight-through decisions, 1 or 0 with the gradient of a soft sample, and that sample.
 
     A Gumbel-softmax over two classes at temperature 1 is a sigmoid whose argument has logistic noise. A decision is 1
@@ -230,19 +252,19 @@ def keep_gate(log_odds: Tensor, is_noisy: bool = True) -> tuple[Tensor, Tensor]:
 
     Args:
         log_odds: Log odds of keeping, any shape.
-        is_noisy: Whether to draw noise.
+        noise: Factor of the noise, in [0, 1].
 
     Paper: specification §2.1, mask.
 
     Example:
-        >>> gate, sample = keep_gate(torch.tensor([0.5, -0.5]), is_noisy=False)
+        >>> gate, sample = keep_gate(torch.tensor([0.5, -0.5]), noise=0.0)
         >>> gate, sample
         (tensor([1., 0.]), tensor([0.6225, 0.3775]))
     """
-    if is_noisy:
+    if noise > 0:
         tiny = torch.finfo(log_odds.dtype).eps
         uniform = torch.rand_like(log_odds).clamp(tiny, 1.0 - tiny)
-        log_odds = log_odds + uniform.log() - (-uniform).log1p()
+        log_odds = log_odds + noise * (uniform.log() - (-uniform).log1p())
     sample = log_odds.sigmoid()
     return (log_odds >= 0).to(sample.dtype) + (sample - sample.detach()), sample
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_compress.callbacks import (
+    BottleneckTokenDropping,
     CompressionCallback,
     ContributionTokenDropping,
     SoftThresholdRank,
 )
 from lightning_compress.methods import MethodConfig
+from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 
@@ -30,6 +32,8 @@ class Case:
     """Makes the callback with the compressing settings."""
     shrinks: Literal["parameters", "tokens"] = "parameters"
     """What there is less of afterwards."""
+    refuses: tuple[str, ...] = ()
+    """Methods that do the same job otherwise, and do not run beside it."""
 
 
 CASES: dict[str, Case] = {
@@ -43,5 +47,13 @@ CASES: dict[str, Case] = {
         compressing=ContributionTokenDroppingConfig(target_tokens=0.6, warmup=0.2, threshold_init=0.99),
         callback=lambda: ContributionTokenDropping(target_tokens=0.6, warmup=0.2, threshold_init=0.99),
         shrinks="tokens",
+        refuses=("bottleneck_token_dropping",),
+    ),
+    "bottleneck_token_dropping": Case(
+        identity=BottleneckTokenDroppingConfig(target_flops=1.0),
+        compressing=BottleneckTokenDroppingConfig(removal_weight=9.0, warmup=0.0, sampler_lr=0.05),
+        callback=lambda: BottleneckTokenDropping(removal_weight=9.0, warmup=0.0, sampler_lr=0.05),
+        shrinks="tokens",
+        refuses=("contribution_token_dropping",),
     ),
 }

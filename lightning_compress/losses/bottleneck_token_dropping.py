@@ -1,0 +1,120 @@
+"""What BottleneckTokenDropping minimises beside the task loss: the information that samplers let through.
+
+The formulas are in :mod:`lightning_compress.losses.information_bottleneck`; here they are averaged over layers and
+weighted. The next chapter is :mod:`lightning_compress.callbacks.bottleneck_token_dropping`.
+
+Shape legend: B batch, T padded length, D hidden size, L layers.
+
+Paper: Infor-Coef (arXiv 2305.12458), specification §2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.losses.information_bottleneck import (
+    NORM_WEIGHTS,
+    InformationBottleneckLossMixin,
+    NormForm,
+    kept_ratio,
+    masked_norm,
+    negative_entropy,
+)
+from lightning_compress.nn.bottleneck_token_dropping import ExpectedSurvival, SampledTokens
+from lightning_compress.nn.tape import TokensKept
+
+__all__ = [
+    "SKIM_WEIGHT",
+    "BottleneckTokenDroppingLossMixin",
+    "entropy_penalty",
+    "norm_penalty",
+    "removal_weight",
+    "skim_penalty",
+    "terms",
+]
+
+SKIM_WEIGHT = 0.5
+"""Transkimmer's weight on GLUE."""
+
+
+def norm_penalty(samples: Sequence[SampledTokens], form: NormForm, detach_hidden: bool = False) -> Tensor:
+    """Return the mean over layers of the norm of what is let through.
+
+    Args:
+        samples: Records of the latest pass, one per layer that decides.
+        form: See :func:`~lightning_compress.losses.information_bottleneck.masked_norm`.
+        detach_hidden: Whether states are constants, so that the norm falls by dropping alone.
+
+    Paper: specification §2.2, ``L_norm``; states are not detached there.
+    """
+
+    def of(record: SampledTokens) -> Tensor:
+        hidden_BTD = record.hidden_BTD.detach() if detach_hidden else record.hidden_BTD
+        return masked_norm(hidden_BTD, record.keep_BT, record.real_BT, form)
+
+    return _mean_over_layers(samples, of)
+
+
+def entropy_penalty(samples: Sequence[SampledTokens]) -> Tensor:
+    """Return the mean over layers of the negative entropy of decisions. Paper: specification §2.2, ``L_ent``."""
+    return _mean_over_layers(samples, lambda record: negative_entropy(record.keep_BT, record.real_BT))
+
+
+def skim_penalty(samples: Sequence[SampledTokens]) -> Tensor:
+    """Return the mean over layers of the share of tokens that stay. Paper: Transkimmer, specification §3."""
+    return _mean_over_layers(samples, lambda record: kept_ratio(record.keep_BT, record.real_BT))
+
+
+def removal_weight(config: Any) -> float:
+    """Return the weight of the term that drops tokens: the user's, or the published one for the form in use."""
+    if config.removal_weight is not None:
+        return config.removal_weight
+    return SKIM_WEIGHT if config.objective == "skim" else NORM_WEIGHTS[config.form]
+
+
+def terms(handle: Any) -> dict[str, Tensor]:
+    """Return the weighted terms of a prepared BottleneckTokenDropping handle; none once decisions are those to deploy.
+
+    The term that drops tokens rests in the warm-up; the entropy need not (``entropy_from_start``).
+    """
+    config = handle.config
+    samples: list[SampledTokens] = handle.tape.read(SampledTokens)
+    _measure(handle, samples[0].real_BT.sum(dim=1))
+    if handle.phase == "recovery":
+        return {}
+    weighted: dict[str, Tensor] = {}
+    if handle.phase == "search" and config.objective == "skim":
+        weighted["skim"] = removal_weight(config) * skim_penalty(samples)
+    elif handle.phase == "search":
+        norm = norm_penalty(samples, config.form, config.detach_hidden)
+        weighted["norm"] = removal_weight(config) * norm
+    if config.objective == "bottleneck" and (handle.phase == "search" or config.entropy_from_start):
+        weighted["entropy"] = config.entropy_weight * entropy_penalty(samples)
+    return weighted
+
+
+@torch.no_grad()
+def _measure(handle: Any, lengths_B: Tensor) -> None:
+    """Note what the pass cost, and by which share tokens would fall if the threshold rose."""
+    counts_BL = torch.stack([record.keep_BT.sum(dim=1) for record in handle.tape.read(TokensKept)], dim=1)
+    expected = handle.tape.read(ExpectedSurvival)
+    slope, count = (
+        torch.stack(part).sum() for part in zip(*((e.slope_B, e.count_B) for e in expected), strict=True)
+    )
+    handle.goal.measure(handle.model, counts_BL, lengths_B, -slope / count)
+
+
+def _mean_over_layers(samples: Sequence[SampledTokens], term: Callable[[SampledTokens], Tensor]) -> Tensor:
+    return torch.stack([term(record) for record in samples]).mean()
+
+
+class BottleneckTokenDroppingLossMixin(InformationBottleneckLossMixin):
+    """For modules with an objective of their own that want to place the terms themselves."""
+
+    def bottleneck_loss(self) -> Tensor | float:
+        """Return the weighted norm and entropy terms for this step; 0 where there are none."""
+        return sum(self.compression_terms("bottleneck_token_dropping").values(), start=0.0)
