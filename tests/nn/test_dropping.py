@@ -1,0 +1,203 @@
+"""The encoder in training form: it adds nothing while idle, and hides exactly the tokens that left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.dropping import (
+    DroppingEncoder,
+    InputRecorder,
+    KeepPolicy,
+    compute_dtype,
+    real_tokens,
+)
+from lightning_compress.nn.segments import Segments
+from lightning_compress.nn.surgery import get_module, replace_module
+
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "electra": "Electra"}
+
+
+class Listed(nn.Module):
+    """Keeps the same tokens of every text, layer by layer."""
+
+    def __init__(self, keep_LT: Tensor) -> None:
+        super().__init__()
+        self.keep_LT, self.is_active = keep_LT, True
+        self.seen: list[Tensor] = []
+
+    def protected(self, real_BT: Tensor) -> Tensor:
+        return real_BT & (real_BT.cumsum(1) == 1)
+
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        raise NotImplementedError
+
+    def begin(self, real_BT: Tensor) -> Tensor:
+        self.seen = []
+        return real_BT
+
+    def remove(self, layer: int, hidden_BTD: Tensor, state: Tensor) -> Tensor:
+        self.seen.append(hidden_BTD)
+        return torch.zeros(state.shape).masked_fill(~(state & self.keep_LT[layer]), -1e4)
+
+
+@pytest.fixture
+def classifier(tiny):
+    def build(family: str, **changes) -> nn.Module:
+        return tiny(family, f"{FAMILIES[family]}ForSequenceClassification", initializer_range=0.3, **changes)
+
+    return build
+
+
+def install(model: nn.Module, keep_LT: Tensor) -> Listed:
+    path, policy = describe(model).encoder, Listed(keep_LT)
+    replace_module(model, path, DroppingEncoder(get_module(model, path), policy))
+    return policy
+
+
+def texts() -> dict[str, Tensor]:
+    ids = torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] + [0] * 5])
+    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_idle_or_lenient_policy_changes_nothing(classifier, family: str, attention: str) -> None:
+    model = classifier(family)
+    model.set_attn_implementation(attention)
+    expected = model(**texts()).logits
+    names = list(model.state_dict())
+    policy = install(model, torch.ones(2, 6).bool())
+    assert torch.allclose(model(**texts()).logits, expected, atol=1e-5)
+    assert len(policy.seen) == 2 and list(model.state_dict()) == names
+    policy.is_active = False
+    assert torch.equal(model(**texts()).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_that_left_before_the_first_layer_is_as_if_it_were_padding(classifier, family: str) -> None:
+    model, keep = classifier(family), torch.tensor([True, True, False, True, False, True])
+    inputs = texts()
+    masked = {**inputs, "attention_mask": inputs["attention_mask"] * keep}
+    if family == "roberta":  # whose positions are counted from the ids
+        assert (inputs["input_ids"] != 1).sum() == inputs["attention_mask"].sum()
+    expected = model(**masked).logits
+    install(model, keep.expand(2, 6))
+    got = model(**inputs).logits
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_token_that_left_later_was_seen_before(classifier) -> None:
+    model = classifier("bert")
+    dense, early = model(**texts()).logits, copy.deepcopy(model)
+    keep = torch.tensor([True, False, False, False, False, False])
+    install(early, keep.expand(2, 6))
+    policy = install(model, torch.stack([torch.ones(6).bool(), keep]))
+    late = model(**texts()).logits
+    assert not torch.allclose(late[:2], dense[:2]) and not torch.allclose(
+        late[:2], early(**texts()).logits[:2]
+    )
+    assert torch.allclose(late[2], dense[2], atol=1e-6)
+    assert policy.seen[0].shape == (3, 6, 32)
+
+
+def test_hidden_states_of_all_layers_can_still_be_had_while_training(classifier) -> None:
+    model = classifier("bert")
+    expected = model(**texts(), output_hidden_states=True).hidden_states
+    install(model, torch.ones(2, 6).bool())
+    got = model(**texts(), output_hidden_states=True).hidden_states
+    assert len(got) == len(expected) == 3
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_gradients_reach_the_bias_with_checkpointing_as_without(classifier) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = classifier("bert").train()
+        model.set_attn_implementation("sdpa")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = install(model, torch.ones(2, 6).bool())
+        bias = torch.zeros(3, 6, requires_grad=True)
+        policy.remove = lambda layer, hidden, state, bias=bias: bias
+        torch.manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(**texts()).logits.square().sum().backward()
+        gradients.append(bias.grad)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6) and gradients[0].abs().sum() > 0
+
+
+def test_a_mask_is_read_in_every_form_that_transformers_gives_it() -> None:
+    hidden, real = torch.zeros(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    additive = torch.zeros(2, 1, 3, 3).masked_fill(~real[:, None, None], torch.finfo(torch.float32).min)
+    forms = [
+        real,
+        real.long(),
+        real.float(),
+        real[:, None, None].expand(2, 1, 3, 3),
+        additive,
+        additive.half(),
+    ]
+    assert all(torch.equal(real_tokens(form, hidden), real) for form in forms)
+    assert real_tokens(None, hidden).all()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1, 3), "causal"], ids=["3-d", "an object"])
+def test_a_mask_of_another_form_is_refused_with_the_remedy(mask) -> None:
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager'"):
+        real_tokens(mask, torch.zeros(2, 3, 4))
+
+
+def test_the_compute_dtype_is_that_of_autocast_where_it_is_on() -> None:
+    hidden = torch.zeros(2)
+    assert compute_dtype(hidden) == torch.float32 and compute_dtype(hidden.half()) == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(hidden) == torch.bfloat16
+
+
+class Pair(nn.Module):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        return input_ids
+
+
+def test_the_recorder_knows_arguments_by_name_however_they_were_given() -> None:
+    model, recorder = Pair(), InputRecorder()
+    recorder.attach(model)
+    model(torch.ones(1), torch.zeros(1), labels=torch.ones(2))
+    assert {name: value.tolist() for name, value in recorder.inputs.items()} == {
+        "input_ids": [1.0],
+        "attention_mask": [0.0],
+        "labels": [1.0, 1.0],
+    }
+    model(input_ids=torch.ones(3))
+    assert list(recorder.inputs) == ["input_ids"]
+    recorder.detach()
+    model(torch.ones(1))
+    assert recorder.inputs == {} and not model._forward_pre_hooks
+
+
+def test_copies_of_a_model_have_recorders_of_their_own() -> None:
+    model, recorder = Pair(), InputRecorder()
+    recorder.attach(model)
+    model(torch.ones(1))
+    twin, its_recorder = copy.deepcopy((model, recorder))
+    twin(torch.zeros(2))
+    assert recorder.inputs["input_ids"].shape == (1,) and its_recorder.inputs["input_ids"].shape == (2,)
+    its_recorder.detach()
+    assert not twin._forward_pre_hooks and model._forward_pre_hooks
+    alone = copy.deepcopy(recorder)
+    alone.detach()
+    assert model._forward_pre_hooks and pickle.loads(pickle.dumps(recorder)).inputs == {}
+
+
+def test_policies_are_known_by_what_they_can_do() -> None:
+    assert isinstance(Listed(torch.ones(1, 1)), KeepPolicy) and not isinstance(nn.Linear(1, 1), KeepPolicy)
