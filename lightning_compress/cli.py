@@ -1,7 +1,7 @@
-"""The command line: a LightningCLI for training runs, and three commands of our own.
+"""The command line: a LightningCLI for training runs, and four commands of our own.
 
 ``lightning-compress fit|validate|test|predict --config run.yaml`` is Lightning's own command line with this
-package's tasks, data and callbacks known by their short names. ``demo``, ``report`` and ``bench`` are ours.
+package's tasks, data and callbacks known by their short names. ``demo``, ``report``, ``bench`` and ``export`` are ours.
 """
 
 # ruff: noqa: E402
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -30,7 +30,10 @@ from lightning_compress.callbacks.session import session_of
 from lightning_compress.data import LanguageModelingData, TextClassificationData
 from lightning_compress.demo import run_demo
 from lightning_compress.deploy import plan_of, save_pretrained
+from lightning_compress.deploy.export import EXTRA, export_onnx
+from lightning_compress.deploy.text_counts import counts_on_texts
 from lightning_compress.report import render_run, run_bench
+from lightning_compress.report.latency_inputs import load_any
 from lightning_compress.tasks import CausalLanguageModel, TextClassifier
 
 __all__ = ["CompressionCLI", "main"]
@@ -50,6 +53,7 @@ others:
   demo         fine-tune a real encoder dense and compressed, and print what was gained
   report       render the page of a finished run anew from its report.json
   bench        time saved models against each other, interleaved
+  export       write a saved model as ONNX, with fixed shapes
 
   --help       show this text (COMMAND --help for one command)
   --version    show the version
@@ -158,6 +162,30 @@ def demo_parser() -> ArgumentParser:
     return parser
 
 
+def export_parser() -> ArgumentParser:
+    """Return the parser of ``lightning-compress export``."""
+    parser = ArgumentParser(
+        prog="lightning-compress export", description="Write a saved model as ONNX, with fixed shapes."
+    )
+    parser.add_argument("model_dir", type=str, help="Folder of the model, compressed or dense.")
+    parser.add_argument("--format", type=Literal["onnx"], default="onnx", help="What to write.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens per text, padding included.")
+    parser.add_argument("--int8", action="store_true", help="Quantise weights and activations to int8.")
+    parser.add_argument(
+        "--texts", type=str | None, default=None, help="Typical texts, one per line, to count kept tokens on."
+    )
+    parser.add_argument(
+        "--quantile", type=float, default=0.95, help="Share of these texts that keeps all it would."
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=None, help="Instead: tokens that enter each layer."
+    )
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="File to write (default: MODEL_DIR/model.onnx)."
+    )
+    return parser
+
+
 def _report(args: Namespace) -> None:
     print(render_run(args.run_dir))
 
@@ -171,7 +199,25 @@ def _demo(args: Namespace) -> None:
     run_demo(steps=args.steps, target_params=args.target_params, output=Path(args.output), seed=args.seed)
 
 
-_OWN = {"report": (report_parser, _report), "bench": (bench_parser, _bench), "demo": (demo_parser, _demo)}
+def _export(args: Namespace) -> None:
+    if args.texts is not None and args.counts is not None:
+        raise ValueError("--texts and --counts both say how many tokens to keep: give one of them")
+    model, counts = load_any(args.model_dir), args.counts
+    if args.texts is not None:
+        counts = counts_on_texts(
+            model, args.model_dir, args.texts, length=args.length, quantile=args.quantile
+        )
+        print(f"Tokens that enter each layer: {' '.join(map(str, counts))}")
+    target = args.output or Path(args.model_dir) / "model.onnx"
+    print(export_onnx(model, target, length=args.length, counts=counts, int8=args.int8))
+
+
+_OWN = {
+    "report": (report_parser, _report),
+    "bench": (bench_parser, _bench),
+    "demo": (demo_parser, _demo),
+    "export": (export_parser, _export),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,6 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _one_line_for_what_the_user_can_mend() -> Iterator[None]:
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        sys.exit(f"error: {error}")
     except (ValueError, FileNotFoundError) as error:
         is_wrapped = str(error).startswith("Call to compute_fn of link")  # jsonargparse's, around any error
         cause = error.__cause__ if is_wrapped else error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_compress import load, plan_of
+from lightning_compress import load, plan_of, save_pretrained
 from lightning_compress.cli import CompressionCLI, main
+from lightning_compress.deploy.export import EXTRA
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
-from tests.tiny_pretrained import save_tiny_encoder
+from tests.tiny_pretrained import VOCABULARY, save_tiny_encoder, word_tokenizer
 from tests.tiny_texts import save_tiny_reviews
 from tests.toys import tiny_bert, toy_loader
+from tests.toys_dropping import dropping_bert
 
 pytestmark = [
     # Lightning's own use of jsonargparse
@@ -285,3 +288,33 @@ def test_the_help_of_fit_explains_the_callbacks_settings(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["fit", "--trainer.callbacks.help=SoftThresholdRank"])
     assert "Share of the parameters of" in capsys.readouterr().out
+
+
+@pytest.fixture
+def dropping_folder(tmp_path: Path) -> str:
+    tokenizer = word_tokenizer(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    model = dropping_bert(vocab_size=len(VOCABULARY))
+    return str(save_pretrained(model, tmp_path / "dropping", tokenizer=tokenizer))
+
+
+def test_export_counts_on_texts_and_writes_beside_the_model(
+    dropping_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in EXTRA:
+        pytest.importorskip(name, reason="the extra `onnx` is not installed")
+    (tmp_path / "texts.txt").write_text("good film\na b c d\n", encoding="utf-8")
+    main(["export", dropping_folder, "--length", "12", "--texts", str(tmp_path / "texts.txt"), "--int8"])
+    out = capsys.readouterr().out
+    assert re.search(r"^Tokens that enter each layer: \d \d$", out, flags=re.MULTILINE)
+    assert str(Path(dropping_folder) / "model.onnx") in out
+    assert (Path(dropping_folder) / "model.onnx").stat().st_size > 0
+
+
+def test_export_says_in_one_line_what_it_lacks(dropping_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"^error: --texts and --counts[^\n]*$"):
+        main(["export", dropping_folder, "--texts", "x.txt", "--counts", "3", "2"])
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*x\.txt[^\n]*$"):
+        main(["export", dropping_folder, "--texts", "x.txt"])
+    monkeypatch.setattr("lightning_compress.deploy.export.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*lightning-compress\[onnx\][^\n]*$"):
+        main(["export", dropping_folder, "--counts", "3", "2"])

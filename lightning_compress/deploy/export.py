@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,9 +25,10 @@ from lightning_compress.nn.anatomy import describe, find_transformer
 from lightning_compress.runtime.packing import packed_encoder
 from lightning_compress.runtime.static import make_static
 
-__all__ = ["export_onnx"]
+__all__ = ["EXTRA", "export_onnx"]
 
-_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+EXTRA = ("onnx", "onnxruntime", "onnxscript")
+"""What the extra ``onnx`` installs."""
 _EXAMPLES = 3
 _TOLERANCE = 1e-4
 
@@ -118,7 +120,7 @@ class _Outputs(nn.Module):
 
 
 def _check_installed() -> None:
-    missing = [name for name in _EXTRA if find_spec(name) is None]
+    missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"exporting to ONNX needs {', '.join(missing)}: install it with "
@@ -184,11 +186,13 @@ def _quantize(path: Path, target: Path) -> Path:
 
 @contextmanager
 def _quiet(name: str | None = None) -> Iterator[None]:
-    """Keep a logger's advice, which is about the exporter's own affairs, from the user."""
+    """Keep advice that is about the exporter's own affairs from the user."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)
+            yield
     finally:
         logger.setLevel(before)
