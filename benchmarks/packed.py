@@ -14,9 +14,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -61,8 +62,7 @@ def encoder(dtype: torch.dtype) -> nn.Module:
         num_attention_heads=12,
         vocab_size=VOCABULARY,
     )
-    model: nn.Module = BertForSequenceClassification(config)
-    return model.eval().to(dtype)
+    return cast(nn.Module, BertForSequenceClassification(config)).eval().to(dtype)
 
 
 def batch_of(lengths: list[int], width: int) -> Batch:

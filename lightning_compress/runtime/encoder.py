@@ -58,13 +58,13 @@ class PackedEncoder(nn.Module):
         self._family = (family,)  # in a tuple: not a sub-module
         self._anatomies = anatomy.layers
         self._lean: list[LeanLayer] = []
-        self.train(family.training)
+        self.training = family.training
 
     @property
     def family(self) -> nn.Module:
         """The family's own encoder, around the same layers."""
         family = self._family[0]
-        family.train(self.training)
+        family.training = self.training
         return family
 
     @torch.compiler.disable  # shapes depend on values: tracing would break at every step, and gain nothing
@@ -168,6 +168,11 @@ def _refuse_unequal_rows(mask: Tensor | None) -> None:
 
 
 def _drop(hidden_ND: Tensor, segments: Segments, keep_N: Tensor | None) -> tuple[Tensor, Segments]:
+    """Move the rows that stay together, as soon as one leaves.
+
+    Leaving rows where they are and hiding them as keys was measured to win at no more than 6 % of a layer's rows, and
+    then 2 to 8 % of its time (MiniLM's shape, one thread, 32 to 1,024 rows): the move itself costs 0.02 to 0.4 ms.
+    """
     if keep_N is None or bool(keep_N.all()):
         return hidden_ND, segments
     hidden_MD, cu_seqlens_B1, index_M = compact(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_compress.nn.anatomy import Anatomy, describe, find_transformer
-from lightning_compress.nn.surgery import get_module, replace_module
+from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime.encoder import PackedEncoder
 
 __all__ = ["is_packed", "pack", "packed_encoder", "unpack"]
@@ -48,7 +48,7 @@ def pack(model: Model) -> Model:
     transformer, anatomy = _described(model)
     path = _encoder_path(anatomy)
     if not isinstance(get_module(transformer, path), PackedEncoder):
-        replace_module(transformer, path, PackedEncoder(transformer, anatomy))
+        _put(transformer, path, PackedEncoder(transformer, anatomy))
     return model
 
 
@@ -66,7 +66,7 @@ def unpack(model: Model) -> Model:
     encoder = packed_encoder(model)
     if encoder is not None:
         transformer, anatomy = _described(model)
-        replace_module(transformer, _encoder_path(anatomy), encoder.family)
+        _put(transformer, _encoder_path(anatomy), encoder.family)
     return model
 
 
@@ -78,6 +78,12 @@ def is_packed(model: nn.Module) -> bool:
 def packed_encoder(model: nn.Module) -> PackedEncoder | None:
     """Return the packed encoder inside ``model``; None if it is not packed."""
     return next((module for module in model.modules() if isinstance(module, PackedEncoder)), None)
+
+
+def _put(model: nn.Module, path: str, encoder: nn.Module) -> None:
+    """Put an encoder at a path, and leave the modes of the layers in it alone."""
+    parent, _, name = path.rpartition(".")
+    get_module(model, parent)._modules[name] = encoder
 
 
 def _described(model: nn.Module) -> tuple[PreTrainedModel, Anatomy]:

@@ -271,11 +271,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(classifier):
 def test_a_compiled_model_gives_the_same_logits_and_gradients(classifier):
     model = dropping(classifier("bert"))
     compiled = torch.compile(model, backend="eager")
-    for lengths in (LENGTHS, [3, 3], [8]):
+    for lengths in ([9, 1, 5], [2, 9, 9]):
         batch = ragged(lengths)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, **EXACT)
-    compiled(**ragged(LENGTHS)).logits.sum().backward()
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, **EXACT)
+    compiled(**batch).logits.sum().backward()
     assert model.bert.encoder.layer[0].attention.self.query.weight.grad.abs().max() > 0
     torch.compiler.reset()
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertPreTrainedModel
@@ -39,8 +40,12 @@ def test_packing_twice_is_packing_once_and_unpacking_what_is_not_packed_does_not
 
 def test_the_mode_is_carried_over_both_ways(classifier):
     model = classifier("bert").train()
+    model.bert.encoder.layer[0].eval()  # frozen, as fine-tuning of the upper layers leaves it
     assert packed_encoder(pack(model)).training
-    model.eval()
+    assert [layer.training for layer in model.bert.encoder.layer] == [False, True]
+    assert unpack(model).bert.encoder.training
+    assert [layer.training for layer in model.bert.encoder.layer] == [False, True]
+    pack(model).eval()
     assert not unpack(model).bert.encoder.training
 
 
@@ -88,6 +93,25 @@ def test_whatever_holds_the_model_can_be_packed(classifier):
     assert pack(holder) is holder
     assert is_packed(holder["student"])
     assert not is_packed(unpack(holder))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_run_and_learn_in_a_packed_model_and_merge(classifier):
+    batch, labels = ragged([4, 7]), torch.tensor([0, 1])
+    settings = LoraConfig(
+        target_modules=["query", "value", "intermediate.dense"], r=2, init_lora_weights=False
+    )
+    model = get_peft_model(classifier("bert"), settings).double().eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(pack(model)(**batch).logits, expected, rtol=1e-9, atol=1e-9)
+    model(**batch, labels=labels).loss.backward()
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapters)
+    merged = model.merge_and_unload()
+    assert is_packed(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_layers_cut_after_packing_stay_cut_after_unpacking(classifier):
