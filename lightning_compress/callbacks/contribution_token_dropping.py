@@ -35,7 +35,7 @@ class ContributionTokenDropping(CompressionCallback):
         teacher_model: The fine-tuned model itself instead; never saved, so to be given again when resuming.
         teacher_bits: Hold the teacher's linears in so many bits (bitsandbytes); by default as they are.
         layers: Indices of layers before which tokens may leave, from 0; all by default.
-        predictor_width: Neurons of each predictor, at least 1.
+        predictor_width: Neurons of each predictor, in [1, 4096].
         predictor_lr: Learning rate of the predictors when dropping begins, positive; falls linearly to 0.
         protect_first: How many tokens at the start of a text never leave, at least 1 (the classification token).
         protect_tokens: Token ids that never leave, e.g. the separator's.

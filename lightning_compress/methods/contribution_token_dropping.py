@@ -51,6 +51,8 @@ _THETA_FLOOR = 1e-3
 _TRAVEL = 2.0
 """Thresholds may cross this distance in the ramp, by default."""
 _MAX_NORM = 1.0
+_MAX_WIDTH = 4096
+_STRUCTURE = ("layers", "predictor_width", "protect_first", "protect_tokens")
 _COUNTS_COSTS = 50
 """How often, over a whole training, the cost of a token is counted anew."""
 _MEMORY = 0.9
@@ -86,7 +88,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
     layers: tuple[int, ...] | None = None
     """Indices of layers before which tokens may leave, from 0; all by default."""
     predictor_width: int = 32
-    """Neurons of each predictor, at least 1."""
+    """Neurons of each predictor, in [1, 4096]."""
     predictor_lr: float = 5e-3
     """Learning rate of the predictors when dropping begins, positive; falls linearly to 0."""
     protect_first: int = 1
@@ -126,7 +128,10 @@ class ContributionTokenDroppingConfig(MethodConfig):
         )
         _check(self.saliency_weight >= 0, f"saliency_weight={self.saliency_weight} is negative")
         _check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
-        _check(self.predictor_width >= 1, f"predictor_width={self.predictor_width} is below 1")
+        _check(
+            1 <= self.predictor_width <= _MAX_WIDTH,
+            f"predictor_width={self.predictor_width} is outside [1, {_MAX_WIDTH}]",
+        )
         _check(self.predictor_lr > 0, f"predictor_lr={self.predictor_lr} is not positive")
         _check(
             self.protect_first >= 1,
@@ -379,7 +384,8 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
         handle.phase, handle.threshold_lr = "recovery", 0.0
     handle.policy.slope = _slope(config, progress)
     _clamp(handle.policy)
-    _steer(handle)
+    if step > 0:  # not if a step is done again, after a run that stopped within it
+        _steer(handle)
     if handle.phase == "ramp" and step > 0:
         steps = (config.hard_from - config.dense_share) / step
         handle.threshold_lr = config.threshold_lr or _TRAVEL / max(steps, 1.0)
@@ -413,6 +419,14 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
 
 
 def _new_policy(model: nn.Module, structure: Mapping[str, Any]) -> ContributionPolicy:
+    if set(structure) != set(_STRUCTURE):
+        raise ValueError(f"it needs the fields {list(_STRUCTURE)} and has {sorted(structure)}")
+    for name, most in (("predictor_width", _MAX_WIDTH), ("protect_first", None)):
+        number = structure[name]
+        if type(number) is not int or number < 1 or (most is not None and number > most):
+            raise ValueError(
+                f"{name} must be a whole number from 1{f' to {most}' if most else ''}, got {number!r}"
+            )
     hidden_size = check_can_drop(model).hidden_size
     return ContributionPolicy(
         hidden_size, structure["layers"], structure["predictor_width"], structure["protect_first"]
@@ -420,12 +434,8 @@ def _new_policy(model: nn.Module, structure: Mapping[str, Any]) -> ContributionP
 
 
 def _structure(layers: tuple[int, ...], config: ContributionTokenDroppingConfig) -> dict[str, Any]:
-    return {
-        "layers": list(layers),
-        "predictor_width": config.predictor_width,
-        "protect_first": config.protect_first,
-        "protect_tokens": list(config.protect_tokens),
-    }
+    values = (list(layers), config.predictor_width, config.protect_first, list(config.protect_tokens))
+    return dict(zip(_STRUCTURE, values, strict=True))
 
 
 def _slope(config: ContributionTokenDroppingConfig, progress: float) -> float:

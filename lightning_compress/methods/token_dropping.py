@@ -26,6 +26,7 @@ __all__ = [
     "encoder_path",
     "install_policy",
     "restore_policy",
+    "whole_numbers",
 ]
 
 _ATTENTION = ("sdpa", "eager")
@@ -87,11 +88,19 @@ class TokenGuard:
         self.token_ids = tuple(token_ids)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note where the protected ids are."""
+        """Note where the protected ids are.
+
+        Raises:
+            ValueError: If there are no ids.
+        """
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids_BT, Tensor):
-            token_ids = torch.tensor(self.token_ids, device=ids_BT.device)
-            self.policy.guarded_BT = (ids_BT.unsqueeze(-1) == token_ids).any(-1)  # ONNX has no `isin`
+        if not isinstance(ids_BT, Tensor):
+            raise ValueError(
+                f"tokens {list(self.token_ids)} are protected, but the model was called without input_ids, by which "
+                "they are known: pass input_ids, not inputs_embeds"
+            )
+        token_ids = torch.tensor(self.token_ids, device=ids_BT.device)
+        self.policy.guarded_BT = (ids_BT.unsqueeze(-1) == token_ids).any(-1)  # ONNX has no `isin`
 
 
 def install_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[int]) -> Ledger:
@@ -146,15 +155,30 @@ def restore_policy(
         PlanError: If the structure does not fit the model.
     """
     try:
-        chosen_layers(check_can_drop(model), structure["layers"])
+        protect_tokens = whole_numbers(structure, "protect_tokens")
+        layers = whole_numbers(structure, "layers")
+        if list(chosen_layers(check_can_drop(model), layers)) != layers:
+            raise ValueError(f"layers={layers} must be ascending, each once")
         with torch.device(next(model.parameters()).device):
             policy = new_policy(model, structure)
-        protect_tokens = [int(token) for token in structure["protect_tokens"]]
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"the plan of dropped tokens does not fit the model: {error}") from error
     ledger = Ledger(model)
     deploy_policy(model, policy, protect_tokens, ledger)
     return ledger
+
+
+def whole_numbers(structure: Mapping[str, Any], name: str) -> list[int]:
+    """Return the list of whole numbers at least 0 under a name.
+
+    Raises:
+        KeyError: If there is nothing under that name.
+        TypeError: If it is something else.
+    """
+    numbers = structure[name]
+    if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError(f"{name} must be a list of whole numbers from 0, got {numbers!r}")
+    return numbers
 
 
 def _place(policy: nn.Module, encoder: nn.Module) -> None:

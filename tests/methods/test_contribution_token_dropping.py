@@ -1,0 +1,482 @@
+"""ContributionTokenDropping as four verbs: what evaluation sees is what the packed engine keeps, in every family."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lightning_compress.compressor import Compressor
+from lightning_compress.losses import TERMS
+from lightning_compress.methods.contribution_token_dropping import (
+    ContributionTokenDroppingConfig,
+    ContributionTokenDroppingHandle,
+    convert,
+    prepare,
+    restore,
+    update,
+)
+from lightning_compress.nn.contribution_token_dropping import ExpectedTokens, KeyBias
+from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.plan import PlanError
+from lightning_compress.runtime import is_packed, packed_encoder
+from tests.toys import tiny_bert
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 48, "max_position_embeddings": 40, "initializer_range": 0.3}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SIZES),
+    "roberta": ("Roberta", {**SIZES, "type_vocab_size": 2}),
+    "electra": ("Electra", {**SIZES, "embedding_size": 16}),
+    "distilbert": (
+        "DistilBert",
+        {
+            **{"vocab_size": 50, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
+            **{"max_position_embeddings": 40, "initializer_range": 0.3},
+        },
+    ),
+}
+SEPARATOR = 3
+
+
+def classifier(family: str = "bert", **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(
+        **{**sizes, "num_labels": 3, "pad_token_id": 1, **changes}
+    )
+    return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+
+
+def texts(
+    family: str = "bert", pairs: bool = False, lengths: tuple[int, ...] = (9, 5, 1, 7)
+) -> dict[str, Tensor]:
+    """Texts of several lengths, with a separator at the end and, in pairs, in the middle."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 50, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    types = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        if length > 2:
+            ids[row, length - 1] = SEPARATOR
+        if pairs and length > 4:
+            ids[row, length // 2] = SEPARATOR
+            types[row, length // 2 + 1 : length] = 1
+    inputs = {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+    return {**inputs, "token_type_ids": types} if pairs and family != "distilbert" else inputs
+
+
+def dropping(model: nn.Module, eta: float = 0.7, **settings: Any) -> ContributionTokenDroppingHandle:
+    """A prepared model past its warm-up, whose predictors have opinions."""
+    handle = prepare(model, ContributionTokenDroppingConfig(**{"warmup": 0.0, **settings}))
+    update(handle, 0.0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in handle.policy.predictors.named_parameters():
+            if name.endswith("weight"):
+                parameter.normal_(std=0.5)
+        handle.policy.eta_K.fill_(eta)
+    return handle
+
+
+@torch.no_grad()
+def hard_pass(
+    handle: ContributionTokenDroppingHandle, inputs: dict[str, Tensor]
+) -> tuple[Tensor, list[list[int]]]:
+    """Logits in evaluation, and per layer the places of the tokens that its attention sees."""
+    logits = handle.model.eval()(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    kept = [
+        ((record.bias_BT == 0) & real).flatten().nonzero().flatten().tolist()
+        for record in handle.tape.read(KeyBias)
+    ]
+    return logits, kept
+
+
+@torch.no_grad()
+def packed_pass(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[list[int]]]:
+    logits = model.eval()(**inputs).logits
+    return logits, [segments.origin_N.tolist() for segments in packed_encoder(model).latest]
+
+
+PROTECTIONS = {
+    "only the first": {},
+    "separators": {"protect_tokens": (SEPARATOR,)},
+    "two": {"protect_first": 2},
+}
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS.values(), ids=PROTECTIONS)
+@pytest.mark.parametrize("pairs", [False, True], ids=["single", "pairs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_while_training_and_the_packed_engine_keep_the_same_tokens_and_give_the_same_logits(
+    family: str, pairs: bool, protection: dict[str, Any]
+) -> None:
+    inputs = texts(family, pairs)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        handle = dropping(classifier(family).to(dtype), **protection)
+        logits, kept = hard_pass(handle, inputs)
+        counts = [record.count_B.sum().item() for record in handle.tape.read(ExpectedTokens)]
+        convert(handle)
+        packed, packed_kept = packed_pass(handle.model, inputs)
+        assert kept == packed_kept and counts == [len(places) for places in kept]
+        assert torch.allclose(packed, logits, atol=tolerance, rtol=0)
+        real = int(inputs["attention_mask"].sum())
+        assert len(inputs["attention_mask"]) <= counts[-1] < counts[0] < real
+        firsts, width = {row * 9 for row in range(4)}, 9
+        protected = inputs["attention_mask"].bool() & (inputs["input_ids"] == SEPARATOR)
+        if "protect_tokens" in protection:
+            firsts |= set(protected.flatten().nonzero().flatten().tolist())
+        if "protect_first" in protection:
+            firsts |= {row * width + 1 for row in (0, 1, 3)}
+        assert all(firsts <= set(places) for places in kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_decides_as_its_texts_alone_in_any_order_and_with_any_padding(family: str) -> None:
+    handle = dropping(classifier(family).double())
+    convert(handle)
+    model, inputs = handle.model, texts(family)
+    together, _ = packed_pass(model, inputs)
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone, _ = packed_pass(model, {n: v[row : row + 1, :length] for n, v in inputs.items()})
+        assert torch.allclose(alone[0], together[row], atol=1e-10, rtol=0)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled, _ = packed_pass(model, {name: value[order] for name, value in inputs.items()})
+    assert torch.allclose(shuffled, together[order], atol=1e-10, rtol=0)
+    padded = {n: nn.functional.pad(v, (0, 4), value=int(n == "input_ids")) for n, v in inputs.items()}
+    assert torch.allclose(packed_pass(model, padded)[0], together, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_text_that_keeps_its_first_token_only_still_has_a_prediction(pad_left: bool) -> None:
+    handle = dropping(classifier().double(), eta=1.0)
+    with torch.no_grad():
+        handle.policy.scale.fill_(4.0)
+        for predictor in handle.policy.predictors.values():
+            predictor[2].weight.zero_()
+    inputs = texts()
+    if pad_left:
+        inputs = {name: value.flip(1) for name, value in inputs.items()}
+    logits, kept = hard_pass(handle, inputs)
+    assert all(len(places) == 4 for places in kept) and logits.isfinite().all()
+    convert(handle)
+    packed, packed_kept = packed_pass(handle.model, inputs)
+    assert packed_kept == kept
+    if not pad_left:  # classifiers read the first place
+        assert torch.allclose(packed, logits, atol=1e-10, rtol=0)
+
+
+def test_texts_of_one_token_and_a_batch_of_one_work() -> None:
+    handle = dropping(classifier())
+    inputs = texts(lengths=(1, 1))
+    logits, _ = hard_pass(handle, inputs)
+    convert(handle)
+    assert torch.allclose(packed_pass(handle.model, inputs)[0], logits, atol=1e-5)
+    assert packed_pass(handle.model, texts(lengths=(1,)))[0].shape == (1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_and_has_no_nan(dtype: torch.dtype) -> None:
+    handle = dropping(classifier(initializer_range=0.05))
+    convert(handle)
+    exact, kept = packed_pass(handle.model, texts())
+    rounded, rounded_kept = packed_pass(handle.model.to(dtype), texts())
+    assert rounded.dtype == dtype and torch.allclose(rounded.float(), exact, atol=0.1)
+    assert abs(len(rounded_kept[-1]) - len(kept[-1])) <= 3
+
+
+def step(handle: ContributionTokenDroppingHandle, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    loss = handle.model.train()(**inputs, labels=labels).loss
+    return loss + sum(TERMS["contribution_token_dropping"](handle).values())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("progress", [0.0, 0.3, 0.99])
+def test_training_under_autocast_has_finite_gradients(precision: torch.dtype, progress: float) -> None:
+    handle = dropping(classifier(), saliency_to_encoder=True)
+    update(handle, progress)
+    with torch.autocast("cpu", precision):
+        step(handle, texts(), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(p.grad.isfinite().all() for p in handle.model.parameters() if p.grad is not None)
+
+
+def test_regression_trains_and_predicts() -> None:
+    handle = dropping(classifier(num_labels=1), saliency_weight=1.0)
+    labels, losses = torch.tensor([0.5, -1.0, 0.0, 2.0]), []
+    optimizer = torch.optim.Adam(handle.model.parameters(), lr=1e-3)
+    for progress in (0.0, 0.01, 0.02, 0.03, 0.04, 0.05):
+        update(handle, progress)
+        losses.append(step(handle, texts(), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    before, _ = hard_pass(handle, texts())
+    convert(handle)
+    assert torch.allclose(packed_pass(handle.model, texts())[0], before, atol=1e-4)
+
+
+def test_the_phases_follow_the_schedule_and_the_teacher_is_the_model_at_the_end_of_the_warm_up() -> None:
+    config = ContributionTokenDroppingConfig(warmup=0.25, ramp_end=0.75, slope_start=10.0, slope_end=1e5)
+    handle = prepare(tiny_bert(), config)
+    phases, slopes = [], []
+    for number in range(20):
+        update(handle, number / 20)
+        phases.append(handle.phase)
+        slopes.append(handle.policy.slope)
+        if number == 4:
+            assert handle.teacher.model is None
+            with torch.no_grad():
+                handle.model.classifier.bias.fill_(7.0)
+        if number == 5:
+            with torch.no_grad():
+                handle.model.classifier.bias.fill_(9.0)
+    assert phases == ["warmup"] * 5 + ["ramp"] * phases.count("ramp") + ["recovery"] * phases.count(
+        "recovery"
+    )
+    assert phases.count("ramp") >= 2 and phases.count("recovery") >= 2
+    assert slopes == sorted(slopes) and slopes[5] == 10.0 and slopes[-1] == pytest.approx(1e5)
+    ramp = torch.tensor(slopes[5 : 5 + phases.count("ramp")]).log()
+    assert torch.allclose(ramp.diff(), ramp.diff()[0].expand(len(ramp) - 1), atol=1e-4)
+    assert (handle.teacher.model.classifier.bias == 7.0).all()
+
+
+def test_thresholds_stay_in_their_range_after_every_step() -> None:
+    handle = dropping(tiny_bert(), eta=0.5, threshold_lr=10.0)
+    thresholds, _ = handle.auxiliary_groups()
+    optimizer = torch.optim.Adam(thresholds.parameters, lr=5.0)
+    for number in range(1, 5):
+        for parameter in thresholds.parameters:
+            parameter.grad = torch.tensor([1.0, -1.0])
+        optimizer.step()
+        update(handle, number / 50)
+        assert (handle.policy.eta_K >= 0.01).all() and (handle.policy.eta_K <= 1.0).all()
+        assert (handle.policy.theta_K > 0).all()
+    assert handle.policy.eta_K.tolist() == pytest.approx([0.01, 1.0])
+
+
+def test_nothing_moves_if_a_step_is_done_again() -> None:
+    handle = dropping(tiny_bert(), eta=0.9, target_tokens=0.3)
+    handle.totals = [0.9, 1.0, 0.9, 1.0]
+    for progress in (0.1, 0.9):
+        update(handle, progress)
+        before = (handle.multiplier, handle.threshold_lr, handle.policy.scale.item())
+        update(handle, progress)
+        assert (handle.multiplier, handle.threshold_lr, handle.policy.scale.item()) == before
+    assert handle.multiplier > 1.0 and handle.policy.scale > 1.0
+
+
+def test_the_scheduled_target_falls_from_dense_to_the_users() -> None:
+    handle = prepare(tiny_bert(), ContributionTokenDroppingConfig(target_flops=0.25, warmup=0.2))
+    targets = []
+    for progress in (0.0, 0.2, 0.3, 0.95):
+        handle.progress = progress
+        targets.append(handle.scheduled_target)
+    assert targets[0] == targets[1] == 1.0 and 0.25 < targets[2] < 1.0 and targets[3] == 0.25
+
+
+def test_costs_are_counted_once_in_a_while_and_at_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, of = [], DroppingCosts.of
+    monkeypatch.setattr(
+        DroppingCosts, "of", lambda model, **settings: counted.append(handle.phase) or of(model, **settings)
+    )
+    handle = dropping(tiny_bert())
+    handle.model.eval()(**{n: v.clamp(max=39) for n, v in texts().items()})
+    for number in range(500):
+        update(handle, number / 500)
+        handle.measure(torch.ones(4, 2))
+    assert 20 < len(counted) <= 2 * 52 and set(counted) == {"ramp", "recovery"}
+
+
+def test_the_measured_ratio_is_that_of_the_counts() -> None:
+    handle = dropping(tiny_bert(), target_flops=0.5)
+    inputs = {n: v.clamp(max=39) for n, v in texts().items()}
+    handle.model.eval()(**inputs)
+    lengths = inputs["attention_mask"].sum(1)
+    dense = lengths[:, None].expand(-1, 2).double()
+    ratio = handle.measure(dense)
+    handle.end_pass()
+    overhead = DroppingCosts.of(handle.model).flops(dense, lengths).sum()
+    plain = DroppingCosts.of(handle.model, policy_flops_per_token=0).flops(dense, lengths).sum()
+    assert handle.ratio == pytest.approx(float(overhead / plain)) and handle.ratio > 1.0
+    assert float(ratio) == pytest.approx(handle.ratio) and handle.tokens_kept == 1.0
+
+
+def test_deployed_policies_are_frozen_and_all_else_can_be_trained() -> None:
+    handle = dropping(classifier())
+    convert(handle)
+    frozen = [name for name, p in handle.model.named_parameters() if not p.requires_grad]
+    assert frozen and all(".policy.predictors." in name for name in frozen)
+    assert not any(".policy." in name for name, p in handle.model.named_parameters() if p.requires_grad)
+    handle.model.train()(**texts(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert [n for n, p in handle.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_and_load_are_bit_equal(family: str) -> None:
+    handle = dropping(classifier(family), layers=(0, 2), protect_tokens=(SEPARATOR,), protect_first=2)
+    structure = convert(handle)
+    assert structure == {
+        **{"layers": [0, 2], "predictor_width": 32, "protect_first": 2, "protect_tokens": [SEPARATOR]}
+    }
+    fresh = classifier(family)
+    restore(fresh, structure)
+    fresh.load_state_dict(handle.model.state_dict())
+    assert torch.equal(packed_pass(fresh, texts(family))[0], packed_pass(handle.model, texts(family))[0])
+
+
+def test_restore_works_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = classifier()
+    restore(model, {"layers": [1], "predictor_width": 4, "protect_first": 1, "protect_tokens": []})
+    policy = packed_encoder(model).policy
+    assert policy.predictors["1"][0].weight.is_meta and policy.eta_K.is_meta and policy.layers == (1,)
+
+
+GOOD = {"layers": [0], "predictor_width": 4, "protect_first": 1, "protect_tokens": []}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"layers": [3]},
+        {"layers": [-1]},
+        {"layers": [1, 1]},
+        {"layers": [1, 0]},
+        {"layers": []},
+        {"layers": ["0"]},
+        {"layers": [True]},
+        {"layers": None},
+        {"predictor_width": 0},
+        {"predictor_width": 1.5},
+        {"predictor_width": 10**9},
+        {"protect_first": 0},
+        {"protect_tokens": ["x"]},
+        {"protect_tokens": 3},
+        {"code": "x"},
+    ],
+    ids=str,
+)
+def test_a_structure_that_does_not_fit_is_refused_and_nothing_is_changed(bad: dict[str, Any]) -> None:
+    model = classifier()
+    with pytest.raises(PlanError, match="plan of dropped tokens"):
+        restore(model, {**GOOD, **bad})
+    assert not is_packed(model)
+
+
+@pytest.mark.parametrize("missing", GOOD)
+def test_a_structure_without_a_field_is_refused(missing: str) -> None:
+    with pytest.raises(PlanError, match="plan of dropped tokens"):
+        restore(classifier(), {name: value for name, value in GOOD.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"target_flops": 0.0}, r"target_flops=0.0 is outside \(0, 1\]"),
+        ({"target_tokens": 1.5}, "target_tokens=1.5"),
+        ({"target_flops": 0.5, "length_weight": 1.0}, "several goals"),
+        ({"length_weight": -1.0}, "length_weight=-1.0 is negative"),
+        ({"saliency_weight": -1.0}, "saliency_weight=-1.0"),
+        ({"teacher_bits": 3}, "teacher_bits=3"),
+        ({"predictor_width": 0}, r"predictor_width=0 is outside \[1, 4096\]"),
+        ({"predictor_lr": 0.0}, "predictor_lr=0.0"),
+        ({"protect_first": 0}, "classification token always stays"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"warmup": 0.9, "ramp_end": 0.5}, "ramp_end=0.5"),
+        ({"slope_start": 0.0}, "slope_start=0.0"),
+        ({"slope_start": 1e6}, "slope_start=1000000.0"),
+        ({"threshold_init": 0.0}, "threshold_init=0.0"),
+        ({"threshold_lr": 0.0}, "threshold_lr=0.0"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContributionTokenDroppingConfig(**bad)
+
+
+def test_layers_that_do_not_exist_are_refused_before_anything_changes() -> None:
+    model = classifier()
+    names = [name for name, _ in model.named_modules()]
+    for layers in ((3,), (-1,), ()):
+        with pytest.raises(ValueError, match="must name layers from 0 to 2"):
+            prepare(model, ContributionTokenDroppingConfig(layers=layers))
+    assert [name for name, _ in model.named_modules()] == names and not model._forward_pre_hooks
+
+
+def test_a_model_that_drops_already_is_refused() -> None:
+    handle = dropping(classifier())
+    with pytest.raises(ValueError, match="keep one of the two"):
+        prepare(handle.model, ContributionTokenDroppingConfig())
+    convert(handle)
+    with pytest.raises(ValueError, match=r"is packed.*unpack"):
+        prepare(handle.model, ContributionTokenDroppingConfig())
+
+
+def test_protected_tokens_without_ids_are_refused() -> None:
+    model = dropping(classifier(), protect_tokens=(SEPARATOR,)).model
+    with pytest.raises(ValueError, match=r"tokens \[3\] are protected.*pass input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 32))
+
+
+def test_convert_leaves_no_hooks_but_the_guard_of_protected_tokens() -> None:
+    for tokens, expected in (((), 0), ((SEPARATOR,), 1)):
+        handle = dropping(classifier(), protect_tokens=tokens)
+        convert(handle)
+        hooks = [hook for m in handle.model.modules() for hook in m._forward_pre_hooks.values()]
+        assert len(hooks) == expected and not any(m._forward_hooks for m in handle.model.modules())
+
+
+def test_a_copy_of_a_handle_drives_its_own_model() -> None:
+    handle = dropping(classifier())
+    twin = copy.deepcopy(handle)
+    step(twin, texts(), torch.tensor([0, 1, 2, 0])).backward()
+    convert(twin)
+    assert is_packed(twin.model) and not is_packed(handle.model)
+    assert handle.recorder.inputs == {}
+
+
+def test_a_copy_of_a_deployed_model_guards_its_own_tokens() -> None:
+    handle = dropping(classifier(), protect_tokens=(SEPARATOR,))
+    convert(handle)
+    expected, _ = packed_pass(handle.model, texts())
+    twin = copy.deepcopy(handle.model)
+    assert torch.equal(packed_pass(twin, texts())[0], expected)
+    assert packed_encoder(twin).policy.guarded_BT is not packed_encoder(handle.model).policy.guarded_BT
+
+
+def test_ranks_and_tokens_are_learned_in_one_run() -> None:
+    from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+
+    configs = [
+        ContributionTokenDroppingConfig(target_tokens=0.6, warmup=0.2, threshold_init=0.9),
+        SoftThresholdRankConfig(target_params=0.6, rank_multiple=1, search_end=0.5),
+    ]
+    compressor = Compressor(classifier(), configs)
+    compressor.prepare()
+    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=1e-3)
+    labels = torch.tensor([0, 1, 2, 0])
+    for number in range(20):
+        compressor.update(number / 20)
+        compressor.begin_step()
+        loss = compressor.model.train()(**texts(), labels=labels).loss
+        (loss + sum(compressor.take_loss_terms().values())).backward()
+        compressor.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    handle: Any = compressor.handles["contribution_token_dropping"]
+    logits, kept = hard_pass(handle, texts())
+    plan = compressor.convert()
+    packed, packed_kept = packed_pass(compressor.model, texts())
+    assert packed_kept == kept and torch.allclose(packed, logits, atol=1e-4)
+    assert len(kept[-1]) < int(texts()["attention_mask"].sum())
+    assert [record.method for record in plan.methods] == [
+        "soft_threshold_rank",
+        "contribution_token_dropping",
+    ]
