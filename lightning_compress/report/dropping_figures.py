@@ -17,8 +17,7 @@ _MOST_LABELLED_LAYERS = 16
 
 
 def draw_kept_by_layer(layers: Sequence[float]) -> str:
-    """Draw the share of tokens that enters each layer, as bars, and their mean."""
-    mean = sum(layers) / len(layers)
+    """Draw the share of tokens that enters each layer, as bars."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -36,17 +35,6 @@ def draw_kept_by_layer(layers: Sequence[float]) -> str:
                     ha="center",
                     fontsize=9,
                 )
-        axes.axhline(mean, color=SECOND, linewidth=1.2, linestyle=(0, (5, 3)))
-        axes.annotate(
-            f"mean {_short_percent(mean)}",
-            (1, mean),
-            xycoords=("axes fraction", "data"),
-            xytext=(2, 0),
-            textcoords="offset points",
-            va="center",
-            color=SECOND,
-            fontsize=9,
-        )
         axes.set(ylim=(0, 1.12), xlim=(-0.6, len(layers) - 0.4), xlabel="layer")
         axes.set_xticks(places if len(layers) <= _MOST_LABELLED_LAYERS else places[::4])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])

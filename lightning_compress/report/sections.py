@@ -252,8 +252,8 @@ def course(record: RunRecord) -> str:
     if len(dropping) > 1:
         goal = "tokens" if record.target.get("target_tokens") is not None else "FLOPs"
         caption = (
-            "Expected over the batch of each step, softly while the thresholds learn; a dotted line marks a "
-            "change of phase."
+            "Measured on training batches, where tokens leave softly while it is being learned who; a dotted line "
+            "marks a change of phase."
         )
         parts.append(figure(draw_dropping_course(dropping, goal), caption))
     if not _has_all_weights(record) or not dropping:
@@ -285,9 +285,10 @@ def reproduction(record: RunRecord) -> str:
 
 
 def _main_metric(record: RunRecord) -> str | None:
-    """Accuracy if there is one, else the first metric that both models have, else the first of all."""
+    """Accuracy if there is one, else the first metric that both models have, else the first of all; losses last."""
     dense, ours = record.metrics.get("dense") or {}, record.metrics.get("compressed") or {}
     names = [name for name in ours if name in dense] or [*ours, *dense]
+    names.sort(key=lambda name: "loss" in name)
     return "accuracy" if "accuracy" in names else next(iter(names), None)
 
 

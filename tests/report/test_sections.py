@@ -43,6 +43,13 @@ def test_a_metric_of_both_goes_before_one_of_the_compressed_model_alone(run: dic
     assert "F1 25.0 % dense 50.0 % (−25.00 points)" in text_of(sections.tiles(RunRecord.from_dict(run)))
 
 
+def test_a_loss_is_shown_large_only_where_there_is_nothing_better(run: dict):
+    run["metrics"] = {"dense": None, "compressed": {"val/loss": 0.5, "val/acc": 0.75}}
+    assert "Val/acc 0.75" in text_of(sections.tiles(RunRecord.from_dict(run)))
+    del run["metrics"]["compressed"]["val/acc"]
+    assert "Val/loss 0.5" in text_of(sections.tiles(RunRecord.from_dict(run)))
+
+
 def test_the_size_table_has_three_scopes_flops_and_disk(run: dict):
     words = text_of(sections.size(RunRecord.from_dict(run)))
     assert "Weights of the linears 1.00 M 500 k 50.0 % 2.00×" in words
