@@ -1,6 +1,6 @@
-"""Export: an encoder as one ONNX file with fixed shapes, checked in onnxruntime. Needs the extra ``onnx``.
+"""Export: an encoder as one ONNX file, checked in onnxruntime; token dropping with fixed shapes.
 
-What is exported is the static variant of :mod:`lightning_compress.runtime.static`.
+It needs the extra ``onnx``. What is exported is the static variant of :mod:`lightning_compress.runtime.static`.
 
 Shape legend: B sequences, T padded length.
 """
@@ -29,7 +29,6 @@ __all__ = ["EXTRA", "export_onnx"]
 
 EXTRA = ("onnx", "onnxruntime", "onnxscript")
 """What the extra ``onnx`` installs."""
-_EXAMPLES = 3
 _TOLERANCE = 1e-4
 
 
@@ -37,7 +36,7 @@ def export_onnx(
     model: nn.Module,
     path: str | Path,
     *,
-    length: int,
+    length: int | Literal["dynamic"],
     counts: Sequence[int] | None = None,
     batch: int | Literal["dynamic"] = "dynamic",
     int8: bool = False,
@@ -52,7 +51,7 @@ def export_onnx(
     Args:
         model: A token-dropping model, a packed or a dense encoder, or a module that holds one. It stays as it is.
         path: The file to write, which is replaced as a whole.
-        length: Tokens per text, padding included.
+        length: Tokens per text, padding included; ``"dynamic"`` for any number where no tokens are dropped.
         counts: Tokens that enter each layer of a token-dropping model, see
             :func:`~lightning_compress.runtime.static.static_counts`.
         batch: Texts per call, or ``"dynamic"`` for any number.
@@ -63,34 +62,49 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: If the extra is not installed.
-        ValueError: If the length does not fit the model or is below 2, the batch is below 1, the model drops tokens and
-            there are no counts, or for the reasons of :func:`~lightning_compress.runtime.static.make_static`.
+        ValueError: If the length does not fit the model, is below 2, or dynamic with counts, the batch is below 1, the
+            model drops tokens and there are no counts, or for the reasons of
+            :func:`~lightning_compress.runtime.static.make_static`.
         RuntimeError: If onnxruntime computes something else.
 
     Example:
         ``export_onnx(model, "model.onnx", length=128, counts=static_counts(model, validation_batches))``
     """
     _check_installed()
-    _check_shape(model, length, batch)
+    longest = _longest(model)
+    _check_shape(longest, length, batch, counts)
     encoder = packed_encoder(model)
     if counts is None and encoder is not None and encoder.policy is not None:
         raise ValueError(
             "the model drops tokens by thresholds, but the shapes of an exported model are fixed: pass "
-            "counts=static_counts(model, batches) with batches of typical texts, or counts="
-            f"{[length] * len(encoder.layer)} to drop nothing"
+            "counts=static_counts(model, batches) with batches of typical texts, or the length once for each layer to "
+            "drop nothing"
         )
-    program = _Outputs(make_static(model, counts).float().cpu())
-    inputs = program.example(length, _EXAMPLES if batch == "dynamic" else batch)
+    program = _Outputs(make_static(model, counts).float().cpu()).eval()
+    sizes = _Sizes(length, batch, longest)
+    inputs = program.example(*sizes.example)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = Path(folder) / "model.onnx"
-        _write(program, inputs, written, is_dynamic=batch == "dynamic")
+        _write(program, inputs, written, sizes.dynamic)
         _check_outputs(program, inputs, written)
         if int8:
             written = _quantize(written, Path(folder) / "int8.onnx")
         os.replace(written, target)
     return Path(path)
+
+
+class _Sizes:
+    """How many texts and tokens, and which of the two may differ."""
+
+    def __init__(self, length: int | str, batch: int | str, longest: int) -> None:
+        self.example = (batch if isinstance(batch, int) else 3, length if isinstance(length, int) else 7)
+        self.dynamic: dict[int, Any] = {}
+        if batch == "dynamic":
+            self.dynamic[0] = torch.export.Dim("batch")
+        if length == "dynamic":
+            self.dynamic[1] = torch.export.Dim("length", min=2, max=longest)
 
 
 class _Outputs(nn.Module):
@@ -107,7 +121,7 @@ class _Outputs(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, inputs, strict=True)))[0]
 
-    def example(self, length: int, batch: int) -> tuple[Tensor, ...]:
+    def example(self, batch: int, length: int) -> tuple[Tensor, ...]:
         """Return random texts, of which the first is of full length."""
         generator = torch.Generator().manual_seed(0)
         padding = getattr(self.model.config, "pad_token_id", None) or 0
@@ -129,21 +143,26 @@ def _check_installed() -> None:
         )
 
 
-def _check_shape(model: nn.Module, length: int, batch: int | str) -> None:
+def _longest(model: nn.Module) -> int:
     config: Any = find_transformer(model)[1].config
     offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # its positions begin there
-    limit = getattr(config, "max_position_embeddings", length + offset) - offset
-    if not 2 <= length <= limit:
-        raise ValueError(f"length={length} is outside [2, {limit}], what the model has positions for")
+    return config.max_position_embeddings - offset
+
+
+def _check_shape(longest: int, length: int | str, batch: int | str, counts: Sequence[int] | None) -> None:
+    if length == "dynamic" and counts is not None:
+        raise ValueError(f"counts={list(counts)} need a fixed length: pass length=128, say")
+    if length != "dynamic" and not (isinstance(length, int) and 2 <= length <= longest):
+        raise ValueError(f"length={length} is outside [2, {longest}], what the model has positions for")
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
         raise ValueError(f"batch={batch!r} must be a number of at least 1, or 'dynamic'")
 
 
-def _write(program: _Outputs, inputs: tuple[Tensor, ...], path: Path, *, is_dynamic: bool) -> None:
-    sizes = ({0: torch.export.Dim("batch")},) * len(inputs) if is_dynamic else None
-    # from the exported program: tracing by TorchScript takes the mask's branches for constants, and is wrong
+def _write(program: _Outputs, inputs: tuple[Tensor, ...], path: Path, dynamic: dict[int, Any]) -> None:
+    sizes = ((dynamic,) * len(inputs),) if dynamic else None
+    # not by TorchScript, which is deprecated, and warns that it takes branches over the mask for constants
     with torch.no_grad(), _quiet("torch.onnx"):
-        exported = torch.export.export(program, inputs, dynamic_shapes=(sizes,) if sizes else None)
+        exported = torch.export.export(program, inputs, dynamic_shapes=sizes)
         onnx_program = torch.onnx.export(
             exported,
             dynamo=True,

@@ -56,6 +56,17 @@ def test_a_dense_model_gives_its_own_logits(tmp_path, prepare):
 
 
 @pytest.mark.usefixtures("installed")
+def test_without_dropping_texts_may_have_any_length(tmp_path):
+    model = tiny_bert(initializer_range=0.3).eval()
+    path = export_onnx(model, tmp_path / "model.onnx", length="dynamic")
+    for lengths in ([3], [12, 3, 9]):
+        batch = ragged_batch(lengths)
+        torch.testing.assert_close(run(path, batch), answers(model, batch), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="need a fixed length"):
+        export_onnx(dropping_bert(), path, length="dynamic", counts=(3, 2))
+
+
+@pytest.mark.usefixtures("installed")
 def test_int8_is_smaller_and_close(tmp_path):
     model = tiny_bert(hidden_size=64, intermediate_size=256, initializer_range=0.1).bfloat16().eval()
     full = export_onnx(model, tmp_path / "full.onnx", length=LENGTH)
