@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.nn.row_buckets import with_spare_rows
 from lightning_compress.nn.segments import Segments, segment_softmax
 from lightning_compress.nn.tape import Tape
 
@@ -140,7 +141,7 @@ class ContributionPolicy(nn.Module):
         place = self._place.get(layer)
         if place is None:
             return None
-        logits_N = self._predictor(layer)(hidden_ND).squeeze(-1)
+        logits_N = self._predictor(layer)(with_spare_rows(hidden_ND))[: segments.num_rows].squeeze(-1)
         threshold_B = _at_least_float(self.eta_K[place] * self.scale) / segments.lengths_B
         share_N = segment_softmax(logits_N, segments)
         if segments.num_sequences == 1:

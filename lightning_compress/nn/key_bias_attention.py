@@ -9,6 +9,7 @@ Shape legend: B batch, H heads, T tokens, E head width, X added channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,7 @@ def key_bias_attention(
         The result as ``[B, T, H, E]``, and no weights.
     """
     width = query_BHTE.shape[-1]
-    scaling = width**-0.5 if scaling is None else scaling
+    scaling = 1.0 / math.sqrt(width) if scaling is None else scaling
     bias_B1T1 = attention_mask.transpose(-1, -2) / scaling
     ones = F.pad(query_BHTE.new_ones((*query_BHTE.shape[:-1], 1)), (0, _CHANNELS - 1))
     bias = F.pad(bias_B1T1.to(key_BHTE.dtype), (0, _CHANNELS - 1)).expand(*key_BHTE.shape[:-1], _CHANNELS)
