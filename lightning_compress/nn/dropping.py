@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -86,6 +87,8 @@ class DroppingEncoder(nn.Module):
         state = None
         if policy.is_active:
             state = policy.begin(real_tokens(attention_mask, hidden_states))
+        if self.training and dist.is_available() and dist.is_initialized():
+            hidden_states = hidden_states + _zero(policy)
         with attention_with_key_bias(self._config(), hidden_states.shape[1], self._is_biased(state)):
             for index, layer in enumerate(self.layer):  # type: ignore[arg-type]
                 mask = attention_mask
@@ -103,6 +106,11 @@ class DroppingEncoder(nn.Module):
         """Whether biases get gradients, in this pass and not in a second one that checkpointing runs later."""
         is_checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layer)  # type: ignore[union-attr]
         return state is not None and self.training and not is_checkpointed
+
+
+def _zero(policy: nn.Module) -> Tensor:
+    """Return 0 as a function of every trainable parameter: processes wait for gradients of idle ones too."""
+    return torch.stack([0.0 * p.sum() for p in policy.parameters() if p.requires_grad]).sum()
 
 
 def real_tokens(attention_mask: Tensor | None, hidden_BTD: Tensor) -> Tensor:
