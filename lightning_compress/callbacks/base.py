@@ -246,9 +246,9 @@ class CompressionCallback(Callback):
                 done = max(session.progress, training_progress(trainer, pl_module, 0))
                 rank_zero_warn(
                     f"training ended in phase {' + '.join(session.phases)}, after {done:.0%} of its planned length: "
-                    "the model is now cut down to its target without any training afterwards, and may be much "
-                    "worse for it. Train longer (was it stopped early?), lower search_end so that recovery begins "
-                    "sooner, or pass convert=False and resume from a checkpoint"
+                    "the model is now converted as it is, without the training that was to follow, and may be much "
+                    "worse for it or miss its target. Train longer (was it stopped early?), let recovery begin sooner "
+                    "(search_end, ramp_end), or pass convert=False and resume from a checkpoint"
                 )
             convert(pl_module)
 

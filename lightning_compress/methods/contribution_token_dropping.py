@@ -59,7 +59,9 @@ _MEMORY = 0.9
 _DUAL_RATE = 0.3
 _MULTIPLIER_LIMIT = 10.0
 _CORRECTION_RATE = 0.03
-"""How fast the common scale of all thresholds follows the target once they rest."""
+_CORRECTION_TRAVEL = 6.0
+"""How fast the common scale of all thresholds follows the target once they rest: so much a step at least, and so much
+over the whole recovery."""
 _SCALE_RANGE = (0.25, 4.0)
 _TOLERANCE = 1.1
 
@@ -385,7 +387,7 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
     handle.policy.slope = _slope(config, progress)
     _clamp(handle.policy)
     if step > 0:  # not if a step is done again, after a run that stopped within it
-        _steer(handle)
+        _steer(handle, step)
     if handle.phase == "ramp" and step > 0:
         steps = (config.hard_from - config.dense_share) / step
         handle.threshold_lr = config.threshold_lr or _TRAVEL / max(steps, 1.0)
@@ -402,7 +404,7 @@ def convert(handle: ContributionTokenDroppingHandle) -> dict[str, Any]:
     _clamp(soft)
     policy = _new_policy(handle.model, _structure(soft.layers, config))
     policy.predictors = soft.predictors
-    policy.eta_K, policy.scale = soft.eta_K.detach().clone(), soft.scale.detach().clone()
+    policy.eta_K = (soft.eta_K * soft.scale).detach().clone()  # the dial starts at 1
     handle.tape.detach()
     handle.recorder.detach()
     deploy_policy(handle.model, policy, config.protect_tokens, handle.ledger)
@@ -449,7 +451,7 @@ def _slope(config: ContributionTokenDroppingConfig, progress: float) -> float:
 
 
 @torch.no_grad()
-def _steer(handle: ContributionTokenDroppingHandle) -> None:
+def _steer(handle: ContributionTokenDroppingHandle, step: float) -> None:
     """Follow the target: by the multiplier while thresholds learn, by their common scale once they rest."""
     if handle.config.target is None or handle.phase == "warmup":
         return
@@ -457,7 +459,10 @@ def _steer(handle: ContributionTokenDroppingHandle) -> None:
     if handle.phase == "ramp":
         handle.multiplier = min(max(handle.multiplier + _DUAL_RATE * excess, 0.0), _MULTIPLIER_LIMIT)
     else:
-        handle.policy.scale.mul_(1.0 + _CORRECTION_RATE * min(max(excess, -1.0), 1.0)).clamp_(*_SCALE_RANGE)
+        rate = max(
+            _CORRECTION_RATE, min(_CORRECTION_TRAVEL * step / max(1.0 - handle.config.hard_from, step), 0.3)
+        )
+        handle.policy.scale.mul_(1.0 + rate * min(max(excess, -1.0), 1.0)).clamp_(*_SCALE_RANGE)
 
 
 @torch.no_grad()
