@@ -117,13 +117,8 @@ def test_the_pressure_grows_with_the_ratio_and_with_past_excess(
     assert float(cost_pressure(torch.tensor(ratio), 0.5, 2.0, excess)) == pytest.approx(value)
 
 
-def test_a_zero_keeps_everything_in_the_graph_while_the_model_only_fine_tunes() -> None:
-    handle = dropping(classifier(), warmup=0.5)
-    (idle,) = terms(handle).values()
-    assert float(idle.detach()) == 0.0
-    idle.backward()
-    for group in handle.auxiliary_groups():
-        assert all(p.grad is not None and not p.grad.any() for p in group.parameters)
+def test_there_is_no_term_while_the_model_only_fine_tunes() -> None:
+    assert terms(SimpleNamespace(phase="warmup")) == {}
 
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -239,7 +234,7 @@ def test_the_length_term_is_what_the_goal_says() -> None:
     handle, _ = ramp(target_tokens=0.5)
     handle.multiplier = 2.0
     counts = torch.stack([record.count_B for record in handle.tape.read(ExpectedTokens)])
-    ratio = float(counts.sum()) / (3 * int(texts()["attention_mask"].sum()))
+    ratio = float(counts.sum().detach()) / (3 * int(texts()["attention_mask"].sum()))
     assert float(terms(handle)["length"].detach()) == pytest.approx(
         2.0 * (ratio / handle.scheduled_target - 1.0), rel=1e-4
     )
@@ -251,7 +246,7 @@ def test_thresholds_rest_in_recovery_and_predictors_go_on_learning() -> None:
     assert handle.phase == "recovery"
     handle.model(**texts())
     both = terms(handle)
-    assert float(both["length"]) == 0.0 and reached(gradients(handle, both["length"])) == set()
+    assert float(both["length"].detach()) == 0.0 and reached(gradients(handle, both["length"])) == set()
     assert handle.auxiliary_groups()[0].lr == 0.0 and handle.auxiliary_groups()[1].lr > 0.0
     assert float(both["saliency"].detach()) > 0
 
