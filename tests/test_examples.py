@@ -13,7 +13,11 @@ from tests.tiny_texts import save_tiny_reviews
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-SAID = {"contribution_token_dropping": "of the tokens kept", "soft_threshold_rank": "linear weights"}
+SAID = {
+    "bottleneck_token_dropping": "of the tokens kept",
+    "contribution_token_dropping": "of the tokens kept",
+    "soft_threshold_rank": "linear weights",
+}
 """What an example says of the model that it leaves."""
 
 

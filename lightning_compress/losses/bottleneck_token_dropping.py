@@ -99,13 +99,12 @@ def terms(handle: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _measure(handle: Any, lengths_B: Tensor) -> None:
-    """Note what the pass cost, and by which share tokens would fall if the threshold rose."""
+    """Note what the pass cost, and how tokens would become fewer if the threshold rose."""
     counts_BL = torch.stack([record.keep_BT.sum(dim=1) for record in handle.tape.read(TokensKept)], dim=1)
     expected = handle.tape.read(ExpectedSurvival)
-    slope, count = (
-        torch.stack(part).sum() for part in zip(*((e.slope_B, e.count_B) for e in expected), strict=True)
-    )
-    handle.goal.measure(handle.model, counts_BL, lengths_B, -slope / count)
+    fewer = -torch.stack([record.slope_B for record in expected]).sum()
+    count = torch.stack([record.count_B for record in expected]).sum()
+    handle.goal.measure(handle.model, handle.progress, counts_BL, lengths_B, (fewer, count))
 
 
 def _mean_over_layers(samples: Sequence[SampledTokens], term: Callable[[SampledTokens], Tensor]) -> Tensor:

@@ -42,8 +42,8 @@ __all__ = [
 _MAX_NORM = 1.0
 _NOISY_UNTIL = 0.8
 """Share of the search after which the noise of decisions fades."""
-_LARGEST_STEP = 0.5
-"""Log odds by which the threshold moves at most in a step; from 0 to where tokens begin to leave it is about ten."""
+_TRAVEL, _STEPS = 100.0, (0.2, 3.0)
+"""Log odds that the threshold may cross in the search, and at most in a step; tokens begin to leave at about ten."""
 _THRESHOLD_LIMIT = 50.0
 
 
@@ -141,7 +141,7 @@ class BottleneckTokenDroppingHandle:
 
     @property
     def is_on_target(self) -> bool:
-        """Whether decisions are those of deployment and the latest pass cost no more than a tenth above the target."""
+        """Whether decisions are those of deployment and recent passes cost no more than a tenth above the target."""
         return self.phase == "recovery" and self.goal.is_met
 
     def open_resources(self) -> None:
@@ -161,7 +161,7 @@ class BottleneckTokenDroppingHandle:
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What the latest training pass kept, and the log odds asked for."""
+        """What recent training passes kept, and the log odds asked for."""
         return {
             "ratio": self.goal.ratio,
             "tokens_kept": self.goal.tokens_kept,
@@ -169,7 +169,7 @@ class BottleneckTokenDroppingHandle:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Phase, and what the latest pass cost."""
+        """Phase, and what passes cost."""
         return {"phase": self.phase, "progress": self.progress, "goal": self.goal.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -205,17 +205,21 @@ def prepare(model: nn.Module, config: BottleneckTokenDroppingConfig) -> Bottlene
 
 
 def update(handle: BottleneckTokenDroppingHandle, progress: float) -> None:
-    """Move through warm-up, search and recovery, and follow the target."""
-    config, goal = handle.config, handle.goal
+    """Move through warm-up, search and recovery, and let the threshold follow the target."""
+    config, step = handle.config, progress - handle.progress
     handle.progress = progress
     if handle.phase == "warmup" and progress >= config.warmup:
         handle.phase = "search"
     if handle.phase == "search" and progress >= config.ramp_end:
         handle.phase = "recovery"
     handle.policy.noise = _noise(config, progress)
-    if handle.phase != "warmup":
+    if (
+        handle.phase != "warmup" and step > 0
+    ):  # not if a step is done again, after a run that stopped within it
+        low, high = _STEPS
+        largest = min(max(_TRAVEL * step / (config.ramp_end - config.warmup), low), high)
         threshold = handle.policy.threshold
-        threshold += goal.correction(progress, _LARGEST_STEP)
+        threshold += handle.goal.correction(progress, largest)
         threshold.clamp_(-_THRESHOLD_LIMIT, _THRESHOLD_LIMIT)
 
 

@@ -1,4 +1,4 @@
-"""Meeting a target of FLOPs or tokens: what a pass cost, where the target is now, and how far off.
+"""Meeting a target of FLOPs or tokens: what passes cost, where the target is now, and how far off they are.
 
 Policies differ in how they drop tokens; how a target is approached and met does not. The next chapter is
 :mod:`lightning_compress.methods.bottleneck_token_dropping`.
@@ -9,6 +9,7 @@ Shape legend: B batch, L layers.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -22,8 +23,12 @@ __all__ = ["CostTarget"]
 _REACHED_AT = 0.8
 """Share of the search after which the scheduled target is the user's."""
 _TOLERANCE = 1.1
-_NEWTON = 0.3
-"""Share of a Newton step that is taken: the cost of a batch is noisy."""
+_MEMORY = 0.9
+"""What a pass leaves of the sums before it."""
+_NEWTON = 0.2
+"""Share of a Newton step that is taken: a batch is not the data."""
+_COUNTS_COSTS = 20
+"""How often in a training costs are read off the model, since other methods may shrink it."""
 _TINY = 1e-6
 
 
@@ -46,13 +51,29 @@ class CostTarget:
         self, target: float | None, unit: Literal["flops", "tokens"], start: float, end: float
     ) -> None:
         self.target, self.unit, self.start, self.end = target, unit, start, end
-        self.ratio = 1.0
-        """Cost over dense cost in the latest pass that was read."""
-        self.tokens_kept = 1.0
-        """Share of tokens that entered the layers in it."""
-        self.elasticity = 0.0
-        """By which share tokens fall when the threshold rises by one, in it."""
-        self._latest: Tensor | None = None
+        self.latest: list[float] = []
+        """Of the latest pass: cost, dense cost, tokens in the layers, tokens times layers, and by how many tokens
+        fewer they would be if the threshold rose by one, over how many were expected."""
+        self.totals: list[float] = []
+        """Fading sums of the same over passes; batches differ much in length."""
+        self._pending: Tensor | None = None
+        self._costs: tuple[DroppingCosts, DroppingCosts] | None = None
+        self._counted = -1
+
+    @property
+    def ratio(self) -> float:
+        """Cost over dense cost in recent passes."""
+        return self.totals[0] / self.totals[1] if self.totals else 1.0
+
+    @property
+    def tokens_kept(self) -> float:
+        """Share of tokens that entered the layers in recent passes."""
+        return self.totals[2] / self.totals[3] if self.totals else 1.0
+
+    @property
+    def is_met(self) -> bool:
+        """Whether recent passes cost no more than a tenth above the user's target."""
+        return self.target is None or self.ratio <= _TOLERANCE * self.target
 
     def scheduled(self, progress: float) -> float:
         """Return the target of this moment: from 1 down to the user's, geometric, there at 80 % of the search."""
@@ -60,64 +81,80 @@ class CostTarget:
         share = (progress - self.start) / (_REACHED_AT * (self.end - self.start))
         return self.target ** min(max(share, 0.0), 1.0)
 
-    def excess(self, progress: float) -> float:
-        """Return by how much the latest pass was above the target of this moment, as a share of it; 0 without one."""
-        return 0.0 if self.target is None else self.ratio / self.scheduled(progress) - 1.0
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the latest pass cost no more than a tenth above the user's target."""
-        return self.target is None or self.ratio <= _TOLERANCE * self.target
-
     def measure(
-        self, model: nn.Module, counts_BL: Tensor, lengths_B: Tensor, elasticity: Tensor | None = None
+        self,
+        model: nn.Module,
+        progress: float,
+        counts_BL: Tensor,
+        lengths_B: Tensor,
+        sensitivity: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return cost over dense cost of a pass, a scalar that is differentiable in the counts, and note it.
 
         Args:
             model: The model, whose policy says what it costs itself.
+            progress: Where training is.
             counts_BL: Tokens that entered each layer; whole or expected numbers.
             lengths_B: Tokens of each text.
-            elasticity: By which share tokens would fall if the threshold rose by one, where that is known.
+            sensitivity: By how many tokens fewer they would be if the threshold rose by one, and how many were
+                expected, where that is known.
         """
-        tokens = counts_BL.sum() / (lengths_B.sum() * counts_BL.shape[1])
-        ratio = tokens
+        tokens, all_tokens = counts_BL.sum(), lengths_B.sum() * counts_BL.shape[1]
+        cost, dense = tokens, all_tokens
         if self.unit == "flops":
-            dense_BL = lengths_B[:, None].expand_as(counts_BL)
-            dense = DroppingCosts.of(model, policy_flops_per_token=0).flops(dense_BL, lengths_B)
-            ratio = (DroppingCosts.of(model).flops(counts_BL, lengths_B).sum() / dense.sum()).float()
-        elasticity = torch.zeros_like(ratio) if elasticity is None else elasticity
-        self._latest = torch.stack([part.detach().float() for part in (ratio, tokens, elasticity)])
-        return ratio
+            with_policy, without = self._costs_of(model, progress)
+            cost = with_policy.flops(counts_BL, lengths_B).sum()
+            dense = without.flops(lengths_B[:, None].expand_as(counts_BL), lengths_B).sum()
+        fewer, expected = (0.0 * tokens, tokens) if sensitivity is None else sensitivity
+        parts = (cost, dense, tokens, all_tokens, fewer, expected)
+        self._pending = torch.stack([part.detach().to(cost.dtype) for part in parts])
+        return (cost / dense).float()
+
+    def _costs_of(self, model: nn.Module, progress: float) -> tuple[DroppingCosts, DroppingCosts]:
+        now = int(progress * _COUNTS_COSTS)
+        if self._costs is None or self._counted != now:
+            self._costs = (DroppingCosts.of(model), DroppingCosts.of(model, policy_flops_per_token=0))
+            self._counted = now
+        return self._costs
 
     def end_pass(self) -> None:
-        """Read what the latest pass cost from the device; processes average it."""
-        if self._latest is None:
+        """Read what the latest pass cost from the device; processes pool theirs."""
+        if self._pending is None:
             return
-        latest, self._latest = self._latest, None
+        pending, self._pending = self._pending, None
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(latest)
-            latest = latest / dist.get_world_size()
-        self.ratio, self.tokens_kept, self.elasticity = latest.tolist()
+            dist.all_reduce(pending)
+        self.latest = pending.tolist()
+        before = self.totals or [0.0] * len(self.latest)
+        self.totals = [_MEMORY * old + new for old, new in zip(before, self.latest, strict=True)]
+
+    def excess(self, progress: float) -> float:
+        """Return by how much recent passes were above the target of this moment, as a share of it; 0 without one."""
+        return 0.0 if self.target is None else self.ratio / self.scheduled(progress) - 1.0
 
     def correction(self, progress: float, largest: float) -> float:
-        """Return by how much to move the threshold, a damped Newton step on the logarithm of the cost.
+        """Return by how much to move the threshold: a damped Newton step on the logarithm of the latest pass's cost.
+
+        Of the latest pass, not of recent ones: what lags cannot be steered by in long steps.
 
         Args:
             progress: Where training is.
             largest: No step is longer; where the cost does not react at all, every step is as long.
         """
-        if self.target is None:
+        if self.target is None or not self.latest:
             return 0.0
-        off = math.log(max(self.ratio, _TINY) / self.scheduled(progress))
-        return min(max(_NEWTON * off / max(self.elasticity, _TINY), -largest), largest)
+        cost, dense, _, _, fewer, expected = self.latest
+        off = math.log(max(cost / dense, _TINY) / self.scheduled(progress))
+        return min(max(_NEWTON * off * expected / max(fewer, _TINY * expected), -largest), largest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured."""
-        return {name: getattr(self, name) for name in ("ratio", "tokens_kept", "elasticity")}
+        costs = None if self._costs is None else [asdict(costs) for costs in self._costs]
+        return {"latest": self.latest, "totals": self.totals, "costs": costs, "counted": self._counted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
-        for name in ("ratio", "tokens_kept", "elasticity"):
-            setattr(self, name, state[name])
-        self._latest = None
+        self.latest, self.totals, self._counted = state["latest"], state["totals"], state["counted"]
+        costs = state["costs"]
+        self._costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
+        self._pending = None

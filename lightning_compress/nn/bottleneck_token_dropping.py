@@ -143,6 +143,10 @@ class BottleneckPolicy(TokenPolicy):
         keep_N[segments.firsts_B] = True
         return keep_N
 
+    def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return log odds of keeping, one for each token of ``[..., D]``; None if the layer does not decide."""
+        return self._sampler(layer).log_odds(hidden) if layer in self.layers else None
+
     def _margin(self, layer: int, hidden: Tensor) -> Tensor:
         """Return how far each token's log odds are above those asked for."""
         log_odds = self._sampler(layer).log_odds(hidden)
