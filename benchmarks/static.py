@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             rows.append(
                 {
                     **header(args.task, args.variant, 0),
+                    "onnxruntime": version("onnxruntime"),
                     "rival": name,
                     "counts": kept[0] if kept else None,
                     "accuracy": right[name],
@@ -171,9 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _print(task: str, batch_size: int, rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "rival", "accuracy", "ms per text", f"x {BASELINE}", "counts", title=f"{task}, batch {batch_size}"
-    )
+    table = Table(title=f"{task}, batch {batch_size}")
+    table.add_column("rival", no_wrap=True)
+    for column in ("accuracy", "ms a text", "x dense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("counts")
     for row in rows:
         milliseconds = 1e3 * row["median_seconds"] / row["timed_texts"]
         counts = " ".join(map(str, row["counts"] or ()))
