@@ -1,11 +1,15 @@
-"""Time training steps with SoftThresholdRank against plain ones, interleaved in one process, phase by phase.
+"""Time training steps with a method against plain ones, interleaved in one process, phase by phase.
 
 python benchmarks/step_time.py --batch-size 32 --length 64 --rounds 15
+python benchmarks/step_time.py --method contribution_token_dropping --batch-size 16 --length 256 --rounds 9
+
+Token dropping computes saliencies when it first sees a text (``first epoch``) and looks them up afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +20,30 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_compress import Compressor, SoftThresholdRankConfig
+from lightning_compress import Compressor, ContributionTokenDroppingConfig, SoftThresholdRankConfig
+from lightning_compress.methods import MethodConfig
+from lightning_compress.nn.saliency import SaliencyCache
 from lightning_compress.report import describe_machine, describe_versions
 
-PHASES = {"warmup": 0.0, "search": 0.2, "recovery": 0.9}
+DROPPING = ContributionTokenDroppingConfig(target_flops=0.5, warmup=0.0, ramp_end=0.8)
+STEPS: dict[str, dict[str, tuple[MethodConfig, str, float, bool]]] = {
+    "soft_threshold_rank": {
+        "warmup": (SoftThresholdRankConfig(target_params=0.5), "warmup", 0.0, False),
+        "search": (SoftThresholdRankConfig(target_params=0.5), "search", 0.2, False),
+        "recovery": (SoftThresholdRankConfig(target_params=0.5), "recovery", 0.9, False),
+    },
+    "contribution_token_dropping": {
+        "first epoch": (DROPPING, "ramp", 0.2, True),
+        "later epochs": (DROPPING, "ramp", 0.2, False),
+        "later, saliency to encoder": (
+            dataclasses.replace(DROPPING, saliency_to_encoder=True),
+            "ramp",
+            0.2,
+            False,
+        ),
+    },
+}
+"""Per method and kind of step: configuration, phase, progress, and whether texts are new in each step."""
 
 
 def encoder() -> BertForSequenceClassification:
@@ -33,26 +57,35 @@ def encoder() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**shape, attention_probs_dropout_prob=0.0)).train()
 
 
-def stepper(phase: str | None, target: float, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Return a function that takes one optimizer step, dense or in one phase of the method."""
+def stepper(
+    batch: dict[str, torch.Tensor],
+    config: MethodConfig | None = None,
+    phase: str = "",
+    progress: float = 0.0,
+    is_new: bool = False,
+) -> Callable[[], None]:
+    """Return a function that takes one optimizer step, dense or in one phase of a method."""
     torch.manual_seed(0)
     model, compressor = encoder(), None
-    if phase is not None:
-        compressor = Compressor(model, [SoftThresholdRankConfig(target_params=target)])
+    if config is not None:
+        compressor = Compressor(model, [config])
         compressor.prepare()
-        for progress in (p for p in (0.0, 0.15, 0.2, 0.9) if p <= PHASES[phase]):
-            compressor.update(progress)
-        handle = compressor.handles["soft_threshold_rank"]
+        for before in (p for p in (0.0, 0.15, 0.2, 0.9) if p <= progress):
+            compressor.update(before)
+        handle: Any = compressor.handles[config.stem]
         assert handle.phase == phase, f"asked for {phase}, got {handle.phase}"
     parameters = list(model.parameters()) if compressor is None else compressor.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> None:
+        if is_new:
+            handle.teacher.cache.load_state_dict(SaliencyCache().state_dict())
+        if compressor is not None:
+            compressor.update(progress)
+            compressor.begin_step()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
             if compressor is not None:
-                compressor.update(PHASES[phase])  # type: ignore[index]
-                compressor.begin_step()
                 loss = loss + sum(compressor.take_loss_terms().values())
         loss.backward()
         if compressor is not None:
@@ -71,12 +104,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--method", choices=STEPS, default="soft_threshold_rank")
     args = parser.parse_args()
     ids = torch.randint(5, 30_000, (args.batch_size, args.length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": torch.zeros(args.batch_size, dtype=torch.long)}
-    steps = {name: stepper(name, args.target, batch) for name in PHASES}
-    steps = {"dense": stepper(None, args.target, batch), **steps}
+    steps = {name: stepper(batch, *settings) for name, settings in STEPS[args.method].items()}
+    steps = {"dense": stepper(batch), **steps}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
