@@ -10,14 +10,17 @@ from transformers import PreTrainedModel
 
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan
+from lightning_compress.methods import MethodConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.runtime import packed_encoder
 from tests.toys import VOCABULARY, tiny_bert
 
 
-def dropping_model(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+def dropping_model(
+    model: PreTrainedModel, method: type[MethodConfig] = ContributionTokenDroppingConfig, **settings: Any
+) -> PreTrainedModel:
     """Give a model predictors with large weights, and convert it; thresholds are at the mean share."""
-    compressor = Compressor(model, [ContributionTokenDroppingConfig(**settings)])
+    compressor = Compressor(model, [method(**settings)])
     compressor.prepare()
     attach_plan(model, compressor.convert())
     encoder = packed_encoder(model)
@@ -27,13 +30,18 @@ def dropping_model(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     with torch.no_grad():
         for linear in (module for module in policy.modules() if isinstance(module, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.5)
-        policy.eta_K.fill_(1.0)
+        if method is ContributionTokenDroppingConfig:
+            policy.eta_K.fill_(1.0)
     return model.eval()
 
 
-def dropping_bert(settings: dict[str, Any] | None = None, **overrides: Any) -> PreTrainedModel:
+def dropping_bert(
+    settings: dict[str, Any] | None = None,
+    method: type[MethodConfig] = ContributionTokenDroppingConfig,
+    **overrides: Any,
+) -> PreTrainedModel:
     """A two-layer BERT that drops tokens."""
-    return dropping_model(tiny_bert(**overrides), **(settings or {}))
+    return dropping_model(tiny_bert(**overrides), method, **(settings or {}))
 
 
 def ragged_batch(lengths: list[int], padded: int | None = None, seed: int = 3) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ part of the model's state, so what is dialled is saved. The next chapter is :mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -23,11 +23,10 @@ __all__ = [
     "threshold_scale",
 ]
 
-_COARSE = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-_REFINEMENTS = 4
-_OCTAVES = (-10.0, 17.0)
+_OCTAVES = (-12.0, 18.0)
 """Powers of two between which a scale is looked for; at the upper end only protected tokens stay."""
-_BISECTIONS = 16
+_BISECTIONS = 11
+_NEGLIGIBLE = 1e-9
 _NEAR = 0.995
 """A share of FLOPs of at least this much of the target, and not above it, is on target."""
 
@@ -145,21 +144,15 @@ def _check_scale(scale: float) -> None:
 
 
 def _fastest_within(trial: Trial, max_drop: float) -> DialPoint:
-    """Try powers of two, then narrow the step beyond the fastest one that is good enough."""
-    points = [trial.at(scale) for scale in _COARSE]
-    least = points[0].score - max_drop
-    best = min(_good(points, least), key=_cost)
-    slower = [scale for scale in _COARSE if scale > best.scale]
-    low, high = best.scale, slower[0] if slower else 2 * best.scale
-    for _ in range(_REFINEMENTS):
-        middle = math.sqrt(low * high) if low > 0 else high / 2
-        points.append(trial.at(middle))
+    """Bisect the exponent of the scale, and take the best of all that was measured: scores need not fall steadily."""
+    points = [trial.at(0.0)]
+    least = points[0].score - max_drop - _NEGLIGIBLE
+    low, high = _OCTAVES
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        points.append(trial.at(2.0**middle))
         low, high = (middle, high) if points[-1].score >= least else (low, middle)
-    return min(_good(points, least), key=_cost)
-
-
-def _good(points: Sequence[DialPoint], least: float) -> list[DialPoint]:
-    return [point for point in points if point.score >= least]
+    return min((point for point in points if point.score >= least), key=_cost)
 
 
 def _cost(point: DialPoint) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress.deploy import load, save_pretrained
+from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.nn.kept_flops import count_kept_flops
 from lightning_compress.runtime import pack, packed_encoder
 from lightning_compress.runtime.dial import (
@@ -130,6 +131,16 @@ def test_target_flops_is_met_from_below_and_set(model, batches):
 def test_the_whole_of_the_flops_needs_no_dropping_where_predictors_cost_nothing(model, batches, monkeypatch):
     monkeypatch.setattr(type(packed_encoder(model).policy), "flops_per_token_of", lambda self, layer: 0)
     assert choose_threshold_scale(model, batches, target_flops=1.0).scale == 0.0
+
+
+def test_other_policies_are_dialled_in_the_same_way(batches):
+    model = dropping_bert(method=BottleneckTokenDroppingConfig)
+    slow, *_, fast = sweep_threshold_scale(model, batches, [0.0, 2.0**18])
+    assert slow.tokens_kept_L == (1.0, 1.0)
+    target = (slow.flops_ratio + fast.flops_ratio) / 2
+    assert (
+        fast.flops_ratio < choose_threshold_scale(model, batches, target_flops=target).flops_ratio <= target
+    )
 
 
 def test_a_target_out_of_reach_names_the_range_and_changes_nothing(model, batches):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import set_threshold_scale
+from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime import pack, packed_encoder
@@ -40,8 +42,9 @@ def by_hand(model: nn.Module, batch: dict[str, Tensor], counts: tuple[int, ...])
 
 
 @pytest.mark.parametrize("counts", [(6, 3), (12, 1), (5, 5), (1, 1), (99, 4)])
-def test_the_tokens_with_the_largest_scores_stay_whatever_the_padding(counts):
-    model = dropping_bert(initializer_range=0.3).double()
+@pytest.mark.parametrize("method", [ContributionTokenDroppingConfig, BottleneckTokenDroppingConfig])
+def test_the_tokens_with_the_largest_scores_stay_whatever_the_padding(method, counts):
+    model = dropping_bert(method=method, initializer_range=0.3).double()
     batch = ragged_batch(LENGTHS)
     del batch["labels"]
     with torch.no_grad():
