@@ -1,4 +1,4 @@
-"""The dial: trade speed for accuracy after training, by one factor on all thresholds of a token-dropping model.
+"""The dial: trade speed for accuracy after training, by one number that scales all thresholds of a model.
 
 A policy that can be dialled has a 0-dim buffer ``scale``: 1 is as trained, larger drops more, 0 drops nothing. It is
 part of the model's state, so what is dialled is saved. The next chapter is :mod:`lightning_compress.runtime.static`.
@@ -32,7 +32,7 @@ _NEAR = 0.995
 
 
 def threshold_scale(model: nn.Module) -> float:
-    """Return the factor on the thresholds of a token-dropping model; 1 is as trained.
+    """Return the dial of a token-dropping model; 1 is as trained.
 
     Raises:
         ValueError: If the model does not run packed, or drops no tokens.
@@ -41,11 +41,11 @@ def threshold_scale(model: nn.Module) -> float:
 
 
 def set_threshold_scale(model: nn.Module, scale: float) -> None:
-    """Multiply the trained thresholds of a token-dropping model by ``scale``; no training needed.
+    """Drop more or fewer tokens than was trained, by scaling all thresholds of a token-dropping model.
 
     Args:
         model: A converted or loaded token-dropping model, or a module that holds one.
-        scale: 0 drops nothing, 1 is as trained, larger drops more. Replaces the factor set before.
+        scale: 0 drops nothing, 1 is as trained, larger drops more. Replaces what was set before.
 
     Raises:
         ValueError: If the scale is negative or not finite, or the model does not run packed or drops no tokens.

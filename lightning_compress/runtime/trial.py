@@ -42,7 +42,7 @@ class ScaledPolicy(Protocol):
     """What the dial asks of a :class:`~lightning_compress.nn.dropping.KeepPolicy`."""
 
     scale: Tensor
-    """Factor of all thresholds; a 0-dim buffer, at least 0."""
+    """How much is dropped: 0 nothing, 1 as trained, larger more; a 0-dim buffer, at least 0."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DialPoint:
     """What one setting of the dial gives on a data set."""
 
     scale: float
-    """Factor of all thresholds."""
+    """Setting of the dial."""
     score: float
     """Accuracy, correlation, or what was asked for; larger is better."""
     flops_ratio: float
@@ -81,7 +81,7 @@ def dropping_encoder(model: nn.Module) -> PackedEncoder:
 
 
 def scale_of(encoder: PackedEncoder) -> Tensor:
-    """Return the buffer with the factor of all thresholds."""
+    """Return the buffer that is the dial."""
     return cast(ScaledPolicy, encoder.policy).scale
 
 

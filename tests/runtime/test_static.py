@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import set_threshold_scale
+from lightning_compress import load, save_pretrained, set_threshold_scale
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.nn.anatomy import describe
@@ -132,6 +132,15 @@ def test_the_model_it_was_made_from_stays_as_it_was():
         assert torch.equal(model(**batch).logits, before)
     assert is_static(static)
     assert not is_static(model)
+
+
+def test_saving_it_saves_the_model_it_was_made_from(tmp_path):
+    model, batch = dropping_bert(), ragged_batch(LENGTHS)
+    save_pretrained(make_static(model, (3, 2)), tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert not is_static(again)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
 
 
 def test_a_base_model_without_dropping_keeps_its_shape(classifier):
