@@ -1,7 +1,8 @@
 """Static token dropping: fixed numbers of tokens per layer in the place of thresholds, for ``torch.export`` and ONNX.
 
 Shapes depend on the padded length alone, never on values. What ``save_pretrained`` writes of a static model is the
-model it was made from: make it static where it is exported. The next chapter is :mod:`lightning_compress.deploy.export`.
+model it was made from: make it static where it is exported. The next chapter is
+:mod:`lightning_compress.deploy.export`.
 
 Shape legend: B sequences, T padded length, K tokens that stay, D hidden size, L layers.
 """
