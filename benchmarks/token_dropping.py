@@ -14,8 +14,8 @@ LIGHTNING_COMPRESS_DATA.
 ``dial`` moves the thresholds of trained models without training. ``latency`` times whole data, as texts come, against
 what users have instead; onnxruntime takes part where it is installed. FLOPs are 2 MACs over unpadded tokens, the ratio
 of totals over the test part: ``speedup`` prices the last layer in full, as the paper does; ``speedup_run`` as the
-packed engine runs it, for the classification token only, in the dense model too. Latency is processor time of one thread
-unless told otherwise: other users of the machine count less.
+packed engine runs it, for the classification token only, in the dense model too. Latency is processor time of one
+thread unless told otherwise: other users of the machine count less.
 """
 
 from __future__ import annotations
