@@ -327,7 +327,9 @@ class ContributionTokenDroppingHandle:
         self.costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
         self._counted, self._latest = state["counted"], None
         self.policy.is_active = self.phase != "warmup"
-        self.policy.slope = _slope(self.config, self.progress)
+        self.policy.slope = (
+            self.config.slope_end if self.phase == "recovery" else _slope(self.config, self.progress)
+        )
         self.teacher.load_state_dict(state["teacher"], self.model)
 
 
@@ -384,7 +386,8 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
         handle.phase, handle.policy.is_active = "ramp", True
     if handle.phase == "ramp" and progress >= config.hard_from:
         handle.phase, handle.threshold_lr = "recovery", 0.0
-    handle.policy.slope = _slope(config, progress)
+    # in recovery removal stays hard, also where a second fit begins again at 0
+    handle.policy.slope = config.slope_end if handle.phase == "recovery" else _slope(config, progress)
     _clamp(handle.policy)
     if step > 0:  # not if a step is done again, after a run that stopped within it
         _steer(handle, step)
@@ -404,7 +407,9 @@ def convert(handle: ContributionTokenDroppingHandle) -> dict[str, Any]:
     _clamp(soft)
     policy = _new_policy(handle.model, _structure(soft.layers, config))
     policy.predictors = soft.predictors
-    policy.eta_K = (soft.eta_K * soft.scale).detach().clone()  # the dial starts at 1
+    dtype = next(soft.predictors.parameters()).dtype  # in which all is saved, and loaded again
+    policy.eta_K = (soft.eta_K * soft.scale).detach().to(dtype)  # the dial starts at 1
+    policy.scale = policy.scale.to(dtype)
     handle.tape.detach()
     handle.recorder.detach()
     deploy_policy(handle.model, policy, config.protect_tokens, handle.ledger)

@@ -11,7 +11,7 @@ Paper: AdapLeR (arXiv 2203.08991); equations after its official code, specificat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,6 +219,16 @@ class SoftContributionPolicy(ContributionPolicy):
         self.eta_K = nn.Parameter(torch.full((len(self._place),), self._threshold))
         self.theta_K = nn.Parameter(torch.ones(len(self._place)))
         self.register_buffer("scale", torch.ones(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftContributionPolicy:
+        """Move or cast the policy, but no threshold below float32: in bf16 a step of one would round to nothing."""
+        exact = {name: getattr(self, name).detach() for name in ("eta_K", "theta_K", "scale")}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                moved.data = tensor.to(moved.device)
+        return self
 
     @property
     def kept_parameters(self) -> int:

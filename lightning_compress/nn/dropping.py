@@ -60,7 +60,8 @@ class DroppingEncoder(nn.Module):
     """Takes the place of a family's encoder, keeps its layers under their names, and hides dropped tokens as keys.
 
     In evaluation the policy's decisions are hard, so that exactly the tokens that the packed engine would keep are
-    seen. Tokens that left are still computed, but nobody looks at them.
+    seen. Tokens that left are still computed, but nobody looks at them: in evaluation they come out as zeros, as from
+    the packed engine, for heads that read more than the first token.
 
     Args:
         encoder: The family's encoder, whose ``layer`` holds the layers.
@@ -84,9 +85,10 @@ class DroppingEncoder(nn.Module):
         """Run all layers over ``[B, T, D]``."""
         extra = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
         policy: Any = self.policy
-        state = None
+        state = real_BT = bias_BT = None
         if policy.is_active:
-            state = policy.begin(real_tokens(attention_mask, hidden_states))
+            real_BT = real_tokens(attention_mask, hidden_states)
+            state = policy.begin(real_BT)
         if self.training and dist.is_available() and dist.is_initialized():
             hidden_states = hidden_states + _zero(policy)
         with attention_with_key_bias(self._config(), hidden_states.shape[1], self._is_biased(state)):
@@ -97,6 +99,8 @@ class DroppingEncoder(nn.Module):
                     mask = bias_BT[:, None, None, :].to(compute_dtype(hidden_states))
                 out = layer(hidden_states, mask, **extra)
                 hidden_states = out if isinstance(out, Tensor) else out[0]
+        if real_BT is not None and bias_BT is not None and not self.training:
+            hidden_states = hidden_states.masked_fill((real_BT & (bias_BT <= _SEEN)).unsqueeze(-1), 0.0)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
     def _config(self) -> Any:

@@ -197,6 +197,26 @@ def test_nothing_moves_if_a_step_is_done_again() -> None:
     assert handle.multiplier > 1.0 and handle.policy.scale > 1.0
 
 
+def test_removal_stays_hard_where_a_second_fit_begins_in_recovery() -> None:
+    handle = prepare(classifier("bert"), ContributionTokenDroppingConfig())
+    for progress in (0.0, 0.5, 1.0, 0.0):
+        update(handle, progress)
+    assert handle.phase == "recovery" and handle.policy.slope == handle.config.slope_end
+    handle.policy.slope = 1.0
+    handle.load_state_dict(handle.state_dict())
+    assert handle.policy.slope == handle.config.slope_end
+
+
+def test_thresholds_learn_in_float32_in_a_bf16_model_and_are_deployed_in_bf16() -> None:
+    handle = prepare(classifier("bert"), ContributionTokenDroppingConfig())
+    handle.model.to(torch.bfloat16)
+    assert handle.policy.eta_K.dtype == handle.policy.scale.dtype == torch.float32
+    convert(handle)
+    encoder = packed_encoder(handle.model)
+    assert encoder is not None
+    assert {t.dtype for t in encoder.state_dict().values()} == {torch.bfloat16}
+
+
 def test_the_scheduled_target_falls_from_dense_to_the_users() -> None:
     handle = prepare(tiny_bert(), ContributionTokenDroppingConfig(target_flops=0.25, warmup=0.2))
     targets = []

@@ -293,6 +293,18 @@ def test_half_precision_gives_no_nan_soft_or_hard(dtype: torch.dtype, slope: flo
             assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_thresholds_learn_in_float32_whatever_the_policy_is_cast_to(dtype: torch.dtype) -> None:
+    policy = soft_policy()
+    eta, exact = policy.eta_K, torch.full_like(policy.eta_K, 0.1234567)
+    eta.data.copy_(exact)
+    policy.to(dtype)
+    assert all(p.dtype == dtype for p in policy.predictors.parameters())
+    wanted = torch.float32 if dtype.itemsize < 4 else dtype
+    assert {t.dtype for t in (policy.eta_K, policy.theta_K, policy.scale)} == {wanted}
+    assert policy.eta_K is eta and torch.equal(eta.detach(), exact.to(wanted))
+
+
 def test_the_hard_rule_keeps_what_is_at_or_above_the_threshold_of_its_own_text() -> None:
     policy = ContributionPolicy(WIDTH, (0, 2), 4)
     assert policy.decide(1, torch.zeros(3, WIDTH), Segments.of(torch.ones(1, 3).bool())) is None

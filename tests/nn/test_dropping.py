@@ -107,6 +107,18 @@ def test_a_token_that_left_later_was_seen_before(classifier) -> None:
     assert policy.seen[0].shape == (3, 6, 32)
 
 
+def test_what_left_comes_out_as_zeros_in_evaluation_as_it_will_from_the_packed_engine(classifier) -> None:
+    model, inputs = classifier("bert"), texts()
+    keep = torch.tensor([True, True, False, True, False, True])
+    install(model, keep.expand(2, 6))
+    for is_training in (False, True):
+        model.bert.train(is_training)
+        out_BTD = model.bert(**inputs).last_hidden_state
+        left_BT = inputs["attention_mask"].bool() & ~keep
+        assert left_BT.any() and bool((out_BTD[left_BT] == 0).all()) is not is_training
+        assert bool((out_BTD[~left_BT] != 0).any(dim=-1).all())
+
+
 def test_hidden_states_of_all_layers_can_still_be_had_while_training(classifier) -> None:
     model = classifier("bert")
     expected = model(**texts(), output_hidden_states=True).hidden_states
