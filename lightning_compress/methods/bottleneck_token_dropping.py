@@ -249,9 +249,9 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
 
 def _new_policy(model: nn.Module, structure: Mapping[str, Any]) -> BottleneckPolicy:
     hidden_size = check_can_drop(model).hidden_size
-    return BottleneckPolicy(
-        hidden_size, structure["layers"], structure["sampler_width"], structure["protect_first"]
-    )
+    width, first = structure["sampler_width"], structure["protect_first"]
+    BottleneckTokenDroppingConfig(sampler_width=width, protect_first=first)  # refuses what is out of range
+    return BottleneckPolicy(hidden_size, structure["layers"], width, first)
 
 
 def _noise(config: BottleneckTokenDroppingConfig, progress: float) -> float:

@@ -1,0 +1,111 @@
+"""BottleneckTokenDropping as a callback: what users see of its course, and runs that are killed and resumed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_compress import load, save_pretrained, set_threshold_scale
+from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping, SoftThresholdRank
+from lightning_compress.runtime import is_packed, packed_encoder
+from tests.callbacks.test_contribution_token_dropping import Scheduled, Texts, Watch
+from tests.callbacks.test_resume import differences, every_step
+from tests.toys import ToyModule, toy_loader, toy_trainer
+
+STEM = "bottleneck_token_dropping"
+PREFIX = f"compress/{STEM}"
+SETTINGS: dict[str, Any] = {"target_tokens": 0.7, "warmup": 0.2, "ramp_end": 0.6}
+
+
+@pytest.mark.filterwarnings("ignore:training ended in phase")  # sixteen steps may miss the target
+def test_the_course_of_dropping_is_logged_and_the_model_runs_packed_in_the_end() -> None:
+    watch, module = Watch(), ToyModule()
+    method = BottleneckTokenDropping(**SETTINGS)
+    toy_trainer(callbacks=[method, watch], max_steps=16, log_every_n_steps=1).fit(module, toy_loader())
+    assert f"{PREFIX}/norm" not in watch.seen[3] and f"{PREFIX}/norm" in watch.seen[4]
+    assert f"{PREFIX}/entropy" in watch.seen[0]
+    assert {f"{PREFIX}/{name}" for name in ("ratio", "tokens_kept", "threshold")} <= set(watch.seen[-1])
+    kept = [step[f"{PREFIX}/tokens_kept"] for step in watch.seen]
+    assert kept[0] == 1.0 and min(kept) < 1.0
+    assert watch.seen[3][f"{PREFIX}/threshold"] == 0.0 < watch.seen[-1][f"{PREFIX}/threshold"]
+    assert is_packed(module)
+
+
+def test_what_was_trained_is_saved_and_opened_with_its_samplers(tmp_path: Path) -> None:
+    module = ToyModule()
+    method = BottleneckTokenDropping(removal_weight=1.0, warmup=0.0, sampler_width=6)
+    toy_trainer(callbacks=[method]).fit(module, toy_loader())
+    set_threshold_scale(module, 2.0**17)
+    save_pretrained(module, tmp_path)
+    again, batch = load(tmp_path).eval(), next(iter(toy_loader()))
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, module.model.eval()(**batch).logits)
+    kept = [segments.num_rows for segments in packed_encoder(again).latest]
+    assert kept == [4, 4]  # the dial is saved too: only first tokens stay
+
+
+def test_the_two_policies_in_one_run_are_refused_before_it_starts() -> None:
+    callbacks: list[Callback] = [BottleneckTokenDropping(), ContributionTokenDropping()]
+    for order in (callbacks, callbacks[::-1]):
+        with pytest.raises(ValueError, match="keep one of the two callbacks"):
+            toy_trainer(callbacks=order, max_steps=1).fit(ToyModule(), toy_loader())
+
+
+@pytest.mark.filterwarnings("ignore:training ended in phase")  # twelve steps may miss the target
+def test_low_rank_and_dropped_tokens_are_two_callbacks_in_any_order() -> None:
+    rank = SoftThresholdRank(target_params=0.5, rank_multiple=4)
+    drop = BottleneckTokenDropping(removal_weight=9.0, sampler_lr=0.05)
+    methods = []
+    for order in ([rank, drop], [drop, rank]):
+        module = ToyModule()
+        toy_trainer(callbacks=order, max_steps=12).fit(module, toy_loader())
+        assert is_packed(module)
+        methods.append(sorted(module.state_dict()))
+    assert methods[0] == methods[1]
+
+
+def run(
+    callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
+) -> dict[str, Any]:
+    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
+    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    method = BottleneckTokenDropping(**{**SETTINGS, "convert": False, **settings})
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
+    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
+    compressor = module.__dict__["_compression"].compressor
+    return {
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "compression": compressor.state_dict(),
+        "phase": compressor.handles[STEM].phase,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"target_flops": 0.7, "target_tokens": None, "penalize": "samples"}],
+    ids=["tokens", "FLOPs"],
+)
+def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
+    variant: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = run([every_step(tmp_path)], **variant)
+    assert whole["phase"] == "recovery"
+    phases = []
+    for step in (1, 3, 5, 7, 10):
+        path = tmp_path / f"step={step}.ckpt"
+        saved = torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]
+        phases.append(saved["phase"])
+        resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
+        assert differences(whole, resumed) == [], f"resumed after step {step}"
+    assert set(phases) == {"warmup", "search", "recovery"}
