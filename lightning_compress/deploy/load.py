@@ -104,6 +104,7 @@ class CompressionQuantizer(HfQuantizer):
         before = tensor_shapes(model)
         restore_structure(model, self.compression_plan, self.quantization_config.root)
         check_checkpoint(model, before, kwargs.get("checkpoint_files"))
+        self._frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         # From here the files hold exactly what the skeleton asks for. As a "pre-quantised" load, releases
         # before 5.23 would keep the stored dtype of tensors whose name gains or loses the base model's
         # prefix.
@@ -111,8 +112,10 @@ class CompressionQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Take the marks of a quantised model off: they forbid casts and training."""
+        """Take the marks of a quantised model off: they forbid casts and training. What was frozen stays frozen."""
         self.pre_quantized = True
+        for name in self._frozen:
+            model.get_parameter(name).requires_grad_(False)
         mark_as_plain(model)
         return model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.dropping import DroppingEncoder
@@ -154,6 +155,11 @@ def restore_policy(
     Raises:
         PlanError: If the structure does not fit the model.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise PlanError(
+            "tokens were dropped from a classifier, for what its head reads, and only its base model is being opened: "
+            "open it with AutoModelForSequenceClassification or lightning_compress.load"
+        )
     try:
         protect_tokens = whole_numbers(structure, "protect_tokens")
         layers = whole_numbers(structure, "layers")

@@ -40,7 +40,8 @@ def packed_attention(
 
     Which kernel runs depends on shapes and device alone, never on values:
 
-    * a sequence's only key gets all the attention, so with one key row each the values are the answer;
+    * a sequence's only key gets all the attention, so with one key row each the values are the answer (not where
+      queries want gradients: zeros, but DDP waits for them);
     * one sequence, or all equally long: a single call over a view ``[B, H, T, E]``;
     * otherwise, on CPU: one call per sequence. Measured (one thread, 12 heads of 32, 8 and 32 sequences, 16 to 256
       tokens, fp32 and bf16) against padding to the longest with a mask, which takes 1.3 to 2.8 times as long in
@@ -64,7 +65,7 @@ def packed_attention(
         torch.Size([3, 1, 2])
     """
     num_sequences = cu_key.num_sequences
-    if cu_key.num_rows == num_sequences and dropout == 0.0:
+    if cu_key.num_rows == num_sequences and dropout == 0.0 and not query_NHE.requires_grad:
         return (
             value_MHE
             if cu_query.num_rows == num_sequences
