@@ -81,7 +81,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
     saliency_weight: float = 0.1
     """Weight of the distance between predictors and saliency (the paper's gamma), at least 0."""
     saliency_to_encoder: bool = False
-    """Whether that distance also trains the encoder, as in the paper; costs about a third of a step more."""
+    """Whether that distance also trains the encoder, as in the paper; costs nearly half a step more."""
     teacher: str = "self"
     """``"self"``: the model itself as it is at the end of the warm-up; ``"module"``: a ``teacher_model`` that is given
     beside these settings; else folder or name of a fine-tuned model."""
