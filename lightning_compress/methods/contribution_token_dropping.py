@@ -240,13 +240,13 @@ class ContributionTokenDroppingHandle:
         """Return cost over dense cost of the latest pass, a differentiable scalar, and note it."""
         lengths_B = self._lengths()
         cost, dense = counts_BL.sum(), lengths_B.sum() * self.num_layers
-        tokens = torch.stack([cost.detach().double(), dense.double()])
+        tokens = _exact(cost, dense)
         if self.config.target_tokens is None:
             dense_BL = lengths_B[:, None].expand(-1, self.num_layers)
             with_policy, without = self._count_costs()
             dense = without.flops(dense_BL, lengths_B).sum()
             cost = with_policy.flops(counts_BL, lengths_B).sum()
-        self._latest = torch.cat([torch.stack([cost.detach().double(), dense.double()]), tokens])
+        self._latest = torch.cat([_exact(cost, dense), tokens])
         return (cost / dense).float()
 
     def _count_costs(self) -> tuple[DroppingCosts, DroppingCosts]:
@@ -474,6 +474,12 @@ def _steer(handle: ContributionTokenDroppingHandle, step: float) -> None:
 def _clamp(policy: SoftContributionPolicy) -> None:
     policy.eta_K.clamp_(*_ETA_RANGE)
     policy.theta_K.clamp_(min=_THETA_FLOOR)
+
+
+def _exact(cost: Tensor, dense: Tensor) -> Tensor:
+    """Return two totals, in float64 where the device has it."""
+    dtype = torch.float32 if cost.device.type == "mps" else torch.float64
+    return torch.stack([cost.detach().to(dtype), dense.to(dtype)])
 
 
 def _check(condition: bool, message: str) -> None:

@@ -101,6 +101,8 @@ class DroppingEncoder(nn.Module):
                 hidden_states = out if isinstance(out, Tensor) else out[0]
         if real_BT is not None and bias_BT is not None and not self.training:
             hidden_states = hidden_states.masked_fill((real_BT & (bias_BT <= _SEEN)).unsqueeze(-1), 0.0)
+        if real_BT is not None:
+            hidden_states = _first_in_front(hidden_states, real_BT)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
     def _config(self) -> Any:
@@ -110,6 +112,14 @@ class DroppingEncoder(nn.Module):
         """Whether biases get gradients, in this pass and not in a second one that checkpointing runs later."""
         is_checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layer)  # type: ignore[union-attr]
         return state is not None and self.training and not is_checkpointed
+
+
+def _first_in_front(hidden_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    """Let heads, which read place 0, find the first token there of texts that are padded on the left."""
+    rows_B = torch.arange(len(real_BT), device=real_BT.device)
+    first_B1D = hidden_BTD[rows_B, real_BT.long().argmax(dim=1)].unsqueeze(1)
+    first_B1D = torch.where(real_BT[:, :1, None], hidden_BTD[:, :1], first_B1D)
+    return torch.cat([first_B1D, hidden_BTD[:, 1:]], dim=1)
 
 
 def _zero(policy: nn.Module) -> Tensor:

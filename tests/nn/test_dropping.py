@@ -213,3 +213,16 @@ def test_copies_of_a_model_have_recorders_of_their_own() -> None:
 
 def test_policies_are_known_by_what_they_can_do() -> None:
     assert isinstance(Listed(torch.ones(1, 1)), KeepPolicy) and not isinstance(nn.Linear(1, 1), KeepPolicy)
+
+
+def test_heads_find_the_first_token_of_texts_that_are_padded_on_the_left(classifier) -> None:
+    model = classifier("bert")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]])
+    left = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "position_ids": torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]),
+    }
+    alone = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    install(model, torch.ones(2, 5).bool())
+    assert torch.allclose(model(**left).logits[:1], alone, atol=1e-5)
