@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import lightning_compress
-from lightning_compress.callbacks import ContributionTokenDropping
+from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping
 from lightning_compress.data import TextClassificationData
 from lightning_compress.nn.kept_flops import DroppingCosts, LastLayer
 from lightning_compress.report.machine import describe_machine, describe_versions
@@ -83,6 +83,10 @@ VARIANTS: dict[str, Callable[[], Callback] | None] = {
             target_flops=percent / 100, warmup=0.0
         )
         for percent in (10, 15, 20, 25, 33, 40, 50, 66, 80)
+    },
+    **{
+        f"bottleneck{percent}": lambda percent=percent: BottleneckTokenDropping(target_flops=percent / 100)
+        for percent in (15, 25, 33, 50, 66)
     },
     "encoder50": lambda: ContributionTokenDropping(target_flops=0.5, warmup=0.0, saliency_to_encoder=True),
     "self50": lambda: ContributionTokenDropping(target_flops=0.5),
