@@ -141,8 +141,8 @@ class BottleneckTokenDroppingHandle:
 
     @property
     def is_on_target(self) -> bool:
-        """Whether decisions are those of deployment and recent passes cost no more than a tenth above the target."""
-        return self.phase == "recovery" and self.goal.is_met
+        """Whether recent passes cost no more than a tenth above the target, after the search if it is to end."""
+        return self.goal.is_met and (self.phase == "recovery" or self.config.ramp_end == 1.0)
 
     def open_resources(self) -> None:
         """Nothing: no teacher is needed."""

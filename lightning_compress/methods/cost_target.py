@@ -23,10 +23,10 @@ __all__ = ["CostTarget"]
 _REACHED_AT = 0.8
 """Share of the search after which the scheduled target is the user's."""
 _TOLERANCE = 1.1
-_MEMORY = 0.9
-"""What a pass leaves of the sums before it."""
-_NEWTON = 0.2
-"""Share of a Newton step that is taken: a batch is not the data."""
+_MEMORY, _FADE = 0.9, 6.0
+"""What a pass leaves of the sums before it, in a long run; how fast sums fade over a whole short one."""
+_NEWTON, _HURRY = (0.2, 0.5), 8.0
+"""Share of a Newton step that is taken, in a long run and at most: a batch is not the data. How it grows with steps."""
 _COUNTS_COSTS = 20
 """How often in a training costs are read off the model, since other methods may shrink it."""
 _TINY = 1e-6
@@ -59,6 +59,7 @@ class CostTarget:
         self._pending: Tensor | None = None
         self._costs: tuple[DroppingCosts, DroppingCosts] | None = None
         self._counted = -1
+        self._progress, self._step = 0.0, 0.0
 
     @property
     def ratio(self) -> float:
@@ -99,6 +100,8 @@ class CostTarget:
             sensitivity: By how many tokens fewer they would be if the threshold rose by one, and how many were
                 expected, where that is known.
         """
+        if progress > self._progress:
+            self._progress, self._step = progress, progress - self._progress
         tokens, all_tokens = counts_BL.sum(), lengths_B.sum() * counts_BL.shape[1]
         cost, dense = tokens, all_tokens
         if self.unit == "flops":
@@ -125,8 +128,11 @@ class CostTarget:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(pending)
         self.latest = pending.tolist()
-        before = self.totals or [0.0] * len(self.latest)
-        self.totals = [_MEMORY * old + new for old, new in zip(before, self.latest, strict=True)]
+        before, memory = (
+            self.totals or [0.0] * len(self.latest),
+            min(_MEMORY, max(1.0 - _FADE * self._step, 0.0)),
+        )
+        self.totals = [memory * old + new for old, new in zip(before, self.latest, strict=True)]
 
     def excess(self, progress: float) -> float:
         """Return by how much recent passes were above the target of this moment, as a share of it; 0 without one."""
@@ -145,16 +151,19 @@ class CostTarget:
             return 0.0
         cost, dense, _, _, fewer, expected = self.latest
         off = math.log(max(cost / dense, _TINY) / self.scheduled(progress))
-        return min(max(_NEWTON * off * expected / max(fewer, _TINY * expected), -largest), largest)
+        low, high = _NEWTON
+        share = min(max(_HURRY * self._step, low), high)
+        return min(max(share * off * expected / max(fewer, _TINY * expected), -largest), largest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured."""
         costs = None if self._costs is None else [asdict(costs) for costs in self._costs]
-        return {"latest": self.latest, "totals": self.totals, "costs": costs, "counted": self._counted}
+        sums = {"latest": self.latest, "totals": self.totals, "costs": costs, "counted": self._counted}
+        return {**sums, "progress": self._progress, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         self.latest, self.totals, self._counted = state["latest"], state["totals"], state["counted"]
-        costs = state["costs"]
+        self._progress, self._step, costs = state["progress"], state["step"], state["costs"]
         self._costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
         self._pending = None

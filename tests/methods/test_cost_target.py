@@ -15,8 +15,10 @@ from tests.toys import tiny_bert
 COUNTS_BL, LENGTHS_B = torch.tensor([[6, 3], [4, 2]]), torch.tensor([6, 5])
 
 
-def measured(goal: CostTarget, counts_BL: Any = COUNTS_BL, **settings: Any) -> CostTarget:
-    goal.measure(tiny_bert(), 0.5, torch.as_tensor(counts_BL), LENGTHS_B, **settings)
+def measured(
+    goal: CostTarget, counts_BL: Any = COUNTS_BL, progress: float = 0.01, **settings: Any
+) -> CostTarget:
+    goal.measure(tiny_bert(), progress, torch.as_tensor(counts_BL), LENGTHS_B, **settings)
     goal.end_pass()
     return goal
 
@@ -67,6 +69,15 @@ def test_the_threshold_moves_against_the_error_and_never_further_than_allowed(ke
     assert goal.correction(1.0, largest=99.0) == pytest.approx(0.2 * newton)
 
 
+def test_in_a_short_run_sums_fade_faster_and_steps_are_longer() -> None:
+    goal = measured(CostTarget(0.5, "tokens", 0.0, 1.0), progress=0.0)
+    goal = measured(goal, [[6, 6], [5, 5]], progress=0.1, sensitivity=(torch.tensor(1.0), torch.tensor(1.0)))
+    assert goal.ratio == pytest.approx((0.4 * 15 + 22) / (0.4 * 22 + 22))
+    assert goal.correction(1.0, largest=99.0) == pytest.approx(0.5 * math.log(2.0))
+    goal = measured(goal, progress=0.1)  # a second pass of the same step
+    assert goal.ratio == pytest.approx((0.4 * (0.4 * 15 + 22) + 15) / (0.4 * (0.4 * 22 + 22) + 22))
+
+
 def test_without_a_target_nothing_is_to_be_met_and_nothing_moves() -> None:
     goal = measured(CostTarget(None, "flops", 0.0, 1.0))
     assert goal.is_met and goal.excess(0.5) == 0.0 and goal.correction(0.5, largest=1.0) == 0.0
@@ -81,6 +92,6 @@ def test_the_state_survives_a_round_trip() -> None:
     goal, other = measured(CostTarget(0.5, "flops", 0.0, 1.0)), CostTarget(0.5, "flops", 0.0, 1.0)
     other.load_state_dict(goal.state_dict())
     assert other.state_dict() == goal.state_dict() and other.ratio == goal.ratio < 1.0
-    other.measure(tiny_bert(intermediate_size=8), 0.5, COUNTS_BL, LENGTHS_B)
+    other.measure(tiny_bert(intermediate_size=8), 0.01, COUNTS_BL, LENGTHS_B)
     other.end_pass()  # costs are those that were counted before the state was saved
     assert other.latest == goal.latest
