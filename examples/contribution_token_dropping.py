@@ -11,6 +11,7 @@ Shape legend: B texts, L layers.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -64,7 +65,8 @@ def measure(folder: Path, data: TextClassificationData) -> str:
     assert encoder is not None, "token dropping leaves a packed encoder behind"
     kept, lengths = [], []
     data.setup("validate")
-    for batch in data.val_dataloader():
+    batches: Any = data.val_dataloader()
+    for batch in batches:
         model(**batch)
         kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
         lengths.append(batch["attention_mask"].sum(dim=1))

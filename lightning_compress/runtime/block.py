@@ -100,7 +100,9 @@ class LeanLayer:
         dropout = self._attention_dropout.module if self._attention_dropout is not None else None
         probability = float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
         is_alone = segments.num_rows == segments.num_sequences and probability == 0.0
-        if is_alone and not torch.is_grad_enabled():  # DDP waits for gradients of query and key, if only zeros
+        if (
+            is_alone and not torch.is_grad_enabled()
+        ):  # DDP waits for gradients of query and key, if only zeros
             rows_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
             return _run(self._value.module, rows_QD)  # the only key gets all the attention
         query, key, value = (rows[: segments.num_rows] for rows in self._project(hidden_ND, queries_B))
