@@ -57,7 +57,7 @@ def in_torch(model: nn.Module) -> Answer:
 
 def in_onnxruntime(model: nn.Module, length: int | None, counts: Sequence[int] | None, int8: bool) -> Answer:
     """Export a model and return it as a function; with a length, batches are padded to it."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(

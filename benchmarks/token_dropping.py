@@ -391,8 +391,8 @@ def _sorted(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def _onnx_runner(model: Any) -> Runner | None:
     try:
-        import onnxruntime
-        from onnxruntime.quantization import quantize_dynamic
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+        from onnxruntime.quantization import quantize_dynamic  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     names = ["input_ids", "attention_mask", "token_type_ids"]

@@ -175,7 +175,7 @@ def _write(program: _Outputs, inputs: tuple[Tensor, ...], path: Path, dynamic: d
 
 
 def _check_outputs(program: _Outputs, inputs: tuple[Tensor, ...], path: Path) -> None:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feed = {name: tensor.numpy() for name, tensor in zip(program.names, inputs, strict=True)}
@@ -193,8 +193,8 @@ def _check_outputs(program: _Outputs, inputs: tuple[Tensor, ...], path: Path) ->
 
 
 def _quantize(path: Path, target: Path) -> Path:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
 
     graph = onnx.load(path)
     del graph.graph.value_info[:]  # the exporter's names of shapes, which the quantiser trips over
