@@ -42,7 +42,7 @@ def test_only_tokens_that_stay_to_the_end_have_the_fullest_shade():
 
 
 def test_every_shade_has_a_rule():
-    assert all(f".s{number} {{" in STYLE for number in range(SHADES + 1))
+    assert all(re.search(rf"\.s{number}\b", STYLE) for number in range(SHADES + 1))
 
 
 def test_the_fate_says_before_which_layer_a_token_left():
