@@ -79,7 +79,8 @@ def removal_weight(config: Any) -> float:
 def terms(handle: Any) -> dict[str, Tensor]:
     """Return the weighted terms of a prepared BottleneckTokenDropping handle; none once decisions are those to deploy.
 
-    The term that drops tokens rests in the warm-up; the entropy need not (``entropy_from_start``).
+    The term that drops tokens rests in the warm-up; the entropy need not (``entropy_from_start``). What a target adds
+    to the weight of the norm is a price on decisions alone: states that could shrink would pay it that way.
     """
     config = handle.config
     samples: list[SampledTokens] = handle.tape.read(SampledTokens)
@@ -87,11 +88,12 @@ def terms(handle: Any) -> dict[str, Tensor]:
     if handle.phase == "recovery":
         return {}
     weighted: dict[str, Tensor] = {}
+    weight = removal_weight(config)
     if handle.phase == "search" and config.objective == "skim":
-        weighted["skim"] = removal_weight(config) * skim_penalty(samples)
+        weighted["skim"] = weight * handle.multiplier * skim_penalty(samples)
     elif handle.phase == "search":
-        norm = norm_penalty(samples, config.form, config.detach_hidden)
-        weighted["norm"] = removal_weight(config) * norm
+        extra = (handle.multiplier - 1.0) * norm_penalty(samples, config.form, detach_hidden=True)
+        weighted["norm"] = weight * (norm_penalty(samples, config.form, config.detach_hidden) + extra)
     if config.objective == "bottleneck" and (handle.phase == "search" or config.entropy_from_start):
         weighted["entropy"] = config.entropy_weight * entropy_penalty(samples)
     return weighted

@@ -9,6 +9,7 @@ Paper: Infor-Coef (arXiv 2305.12458), equations after its official code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -42,9 +43,13 @@ __all__ = [
 _MAX_NORM = 1.0
 _NOISY_UNTIL = 0.8
 """Share of the search after which the noise of decisions fades."""
-_TRAVEL, _STEPS = 100.0, (0.2, 3.0)
+_TRAVEL, _STEPS = 100.0, (0.2, 4.0)
 """Log odds that the threshold may cross in the search, and at most in a step; tokens begin to leave at about ten."""
 _THRESHOLD_LIMIT = 50.0
+_DUAL_RATE, _MULTIPLIERS = 2.0, (1.0, 1000.0)
+"""E-folds of the multiplier for each log odd that the threshold has to rise, and its range."""
+_LIVE = 0.03
+"""Share of tokens that one more log odd would cost, from which on a rising threshold asks for a higher price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,8 @@ class BottleneckTokenDroppingHandle:
     goal: CostTarget
     phase: Literal["warmup", "search", "recovery"] = "warmup"
     progress: float = 0.0
+    multiplier: float = 1.0
+    """Factor of the published weight of the term that drops tokens."""
 
     @property
     def is_on_target(self) -> bool:
@@ -161,8 +168,9 @@ class BottleneckTokenDroppingHandle:
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What recent training passes kept, and the log odds asked for."""
+        """What recent training passes kept, the log odds asked for, and the factor of the weight."""
         return {
+            "multiplier": self.multiplier,
             "ratio": self.goal.ratio,
             "tokens_kept": self.goal.tokens_kept,
             "threshold": float(self.policy.threshold),
@@ -170,11 +178,12 @@ class BottleneckTokenDroppingHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, and what passes cost."""
-        return {"phase": self.phase, "progress": self.progress, "goal": self.goal.state_dict()}
+        names = ("phase", "progress", "multiplier")
+        return {**{name: getattr(self, name) for name in names}, "goal": self.goal.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase."""
-        self.phase, self.progress = state["phase"], state["progress"]
+        self.phase, self.progress, self.multiplier = state["phase"], state["progress"], state["multiplier"]
         self.goal.load_state_dict(state["goal"])
         self.policy.noise = _noise(self.config, self.progress)
 
@@ -205,7 +214,7 @@ def prepare(model: nn.Module, config: BottleneckTokenDroppingConfig) -> Bottlene
 
 
 def update(handle: BottleneckTokenDroppingHandle, progress: float) -> None:
-    """Move through warm-up, search and recovery, and let the threshold follow the target."""
+    """Move through warm-up, search and recovery; let the threshold follow the target, and the price the threshold."""
     config, step = handle.config, progress - handle.progress
     handle.progress = progress
     if handle.phase == "warmup" and progress >= config.warmup:
@@ -216,11 +225,7 @@ def update(handle: BottleneckTokenDroppingHandle, progress: float) -> None:
     if (
         handle.phase != "warmup" and step > 0
     ):  # not if a step is done again, after a run that stopped within it
-        low, high = _STEPS
-        largest = min(max(_TRAVEL * step / (config.ramp_end - config.warmup), low), high)
-        threshold = handle.policy.threshold
-        threshold += handle.goal.correction(progress, largest)
-        threshold.clamp_(-_THRESHOLD_LIMIT, _THRESHOLD_LIMIT)
+        _steer(handle, step)
 
 
 def convert(handle: BottleneckTokenDroppingHandle) -> dict[str, Any]:
@@ -252,6 +257,19 @@ def _new_policy(model: nn.Module, structure: Mapping[str, Any]) -> BottleneckPol
     width, first = structure["sampler_width"], structure["protect_first"]
     BottleneckTokenDroppingConfig(sampler_width=width, protect_first=first)  # refuses what is out of range
     return BottleneckPolicy(hidden_size, structure["layers"], width, first)
+
+
+def _steer(handle: BottleneckTokenDroppingHandle, step: float) -> None:
+    """Move the threshold towards the target at once, and the price until the threshold need not move."""
+    config, goal, policy = handle.config, handle.goal, handle.policy
+    low, high = _STEPS
+    largest = min(max(_TRAVEL * step / (config.ramp_end - config.warmup), low), high)
+    moved = goal.correction(handle.progress, largest)
+    policy.threshold += moved
+    policy.threshold.clamp_(-_THRESHOLD_LIMIT, _THRESHOLD_LIMIT)
+    if handle.phase == "search" and goal.elasticity > _LIVE:
+        low, high = _MULTIPLIERS
+        handle.multiplier = min(max(handle.multiplier * math.exp(_DUAL_RATE * moved), low), high)
 
 
 def _noise(config: BottleneckTokenDroppingConfig, progress: float) -> float:

@@ -8,7 +8,6 @@ Shape legend: B batch, L layers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -52,8 +51,8 @@ class CostTarget:
     ) -> None:
         self.target, self.unit, self.start, self.end = target, unit, start, end
         self.latest: list[float] = []
-        """Of the latest pass: cost, dense cost, tokens in the layers, tokens times layers, and by how many tokens
-        fewer they would be if the threshold rose by one, over how many were expected."""
+        """Of the latest pass: cost, dense cost, tokens in the layers, tokens times layers, by how many tokens fewer
+        they would be if the threshold rose by one, how many were expected, and one per process."""
         self.totals: list[float] = []
         """Fading sums of the same over passes; batches differ much in length."""
         self._pending: Tensor | None = None
@@ -70,6 +69,12 @@ class CostTarget:
     def tokens_kept(self) -> float:
         """Share of tokens that entered the layers in recent passes."""
         return self.totals[2] / self.totals[3] if self.totals else 1.0
+
+    @property
+    def elasticity(self) -> float:
+        """Share of tokens that would leave if the threshold rose by one; of the latest or recent passes, the larger."""
+        sums = [sums for sums in (self.latest, self.totals) if sums]
+        return max((fewer / expected for *_, fewer, expected, _ in sums), default=0.0)
 
     @property
     def is_met(self) -> bool:
@@ -109,7 +114,7 @@ class CostTarget:
             cost = with_policy.flops(counts_BL, lengths_B).sum()
             dense = without.flops(lengths_B[:, None].expand_as(counts_BL), lengths_B).sum()
         fewer, expected = (0.0 * tokens, tokens) if sensitivity is None else sensitivity
-        parts = (cost, dense, tokens, all_tokens, fewer, expected)
+        parts = (cost, dense, tokens, all_tokens, fewer, expected, torch.ones_like(cost))
         self._pending = torch.stack([part.detach().to(cost.dtype) for part in parts])
         return (cost / dense).float()
 
@@ -139,9 +144,10 @@ class CostTarget:
         return 0.0 if self.target is None else self.ratio / self.scheduled(progress) - 1.0
 
     def correction(self, progress: float, largest: float) -> float:
-        """Return by how much to move the threshold: a damped Newton step on the logarithm of the latest pass's cost.
+        """Return by how much to move the threshold: a damped Newton step on what the latest pass cost too much.
 
-        Of the latest pass, not of recent ones: what lags cannot be steered by in long steps.
+        Of the latest pass, not of recent ones: what lags cannot be steered by in long steps. Its excess counts in units
+        of the mean cost of passes, so that in the sum over steps a pass over long texts weighs more.
 
         Args:
             progress: Where training is.
@@ -149,11 +155,12 @@ class CostTarget:
         """
         if self.target is None or not self.latest:
             return 0.0
-        cost, dense, _, _, fewer, expected = self.latest
-        off = math.log(max(cost / dense, _TINY) / self.scheduled(progress))
+        target = self.scheduled(progress)
+        cost, dense, *_, passes = self.latest
+        off = (cost - target * dense) / passes / (target * self.totals[1] / self.totals[6])
         low, high = _NEWTON
         share = min(max(_HURRY * self._step, low), high)
-        return min(max(share * off * expected / max(fewer, _TINY * expected), -largest), largest)
+        return min(max(share * off / max(self.elasticity, _TINY), -largest), largest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured."""

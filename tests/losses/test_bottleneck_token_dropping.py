@@ -97,6 +97,21 @@ def test_terms_carry_their_weights() -> None:
     assert float(other["entropy"].detach()) == 0.0 and float(one["entropy"].detach()) < 0
 
 
+def test_what_a_target_adds_to_the_weight_is_a_price_on_decisions_alone() -> None:
+    grads = []
+    for multiplier in (1.0, 5.0):
+        compressor, handle = prepared(warmup=0.0, removal_weight=1.0, target_flops=0.5, entropy_weight=0.0)
+        handle.multiplier = multiplier
+        norm = terms_at(compressor, 0.0)["norm"]
+        records = handle.tape.read(SampledTokens)
+        wanted = [records[0].hidden_BTD, records[0].keep_BT]
+        grads.append((norm.detach(), *torch.autograd.grad(norm, wanted)))
+    (norm, to_hidden, to_keep), (dear, to_hidden_again, to_keep_more) = grads
+    assert torch.allclose(dear, 5.0 * norm) and torch.allclose(to_keep_more, 5.0 * to_keep)
+    through_keep = (to_hidden_again - to_hidden).abs().max()  # what decisions read of the states
+    assert float(through_keep) < 0.05 * float(to_hidden.abs().max())
+
+
 def test_the_skim_loss_takes_the_place_of_both_terms() -> None:
     compressor, handle = prepared(warmup=0.0, objective="skim")
     terms = terms_at(compressor, 0.0)

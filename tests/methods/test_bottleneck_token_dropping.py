@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -175,6 +176,22 @@ def test_training_follows_the_scheduled_target_and_ends_on_it(objective: Any) ->
     assert seen[0] > 0.99 and 0.5 < seen[55] < 0.72
     assert handle.phase == "recovery"
     assert float(handle.policy.threshold) > 2.0
+
+
+def test_the_price_rises_while_the_threshold_has_to_once_tokens_react() -> None:
+    compressor, handle = prepared(target_tokens=0.4, warmup=0.0)
+    seen = train(compressor, 60)
+    prices = [step[f"compress/{STEM}/multiplier"] for step in seen]
+    thresholds = [step[f"compress/{STEM}/threshold"] for step in seen]
+    assert prices[1] == 1.0 < max(prices) and thresholds[1] > 0.0
+    moves = [(after - before, later / now) for before, after, now, later in zip(
+        thresholds, thresholds[1:], prices, prices[1:], strict=False
+    ) if 1.0 < now < 1000.0 and 1.0 < later < 1000.0]  # fmt: skip
+    assert any(abs(move) > 0.01 for move, _ in moves)
+    assert all(
+        factor == pytest.approx(math.exp(2 * move), rel=1e-3) or factor == 1.0 for move, factor in moves
+    )
+    assert handle.state_dict()["multiplier"] == prices[-1]
 
 
 def test_without_a_target_the_weight_alone_drops() -> None:

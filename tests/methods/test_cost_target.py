@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -65,7 +64,7 @@ def test_the_threshold_moves_against_the_error_and_never_further_than_allowed(ke
         CostTarget(0.5, "tokens", 0.0, 1.0), kept, sensitivity=(torch.tensor(3.0), torch.tensor(12.0))
     )
     share = sum(map(sum, kept)) / 22
-    newton = math.log(share / 0.5) / (3 / 12)
+    newton = (share / 0.5 - 1) / (3 / 12)
     assert goal.correction(1.0, largest=99.0) == pytest.approx(0.2 * newton)
 
 
@@ -73,9 +72,22 @@ def test_in_a_short_run_sums_fade_faster_and_steps_are_longer() -> None:
     goal = measured(CostTarget(0.5, "tokens", 0.0, 1.0), progress=0.0)
     goal = measured(goal, [[6, 6], [5, 5]], progress=0.1, sensitivity=(torch.tensor(1.0), torch.tensor(1.0)))
     assert goal.ratio == pytest.approx((0.4 * 15 + 22) / (0.4 * 22 + 22))
-    assert goal.correction(1.0, largest=99.0) == pytest.approx(0.5 * math.log(2.0))
+    assert goal.correction(1.0, largest=99.0) == pytest.approx(0.5)
     goal = measured(goal, progress=0.1)  # a second pass of the same step
     assert goal.ratio == pytest.approx((0.4 * (0.4 * 15 + 22) + 15) / (0.4 * (0.4 * 22 + 22) + 22))
+
+
+def test_passes_over_long_texts_weigh_more_so_that_the_ratio_of_totals_is_met() -> None:
+    goal, moved = CostTarget(0.5, "tokens", 0.0, 1.0), []
+    for step in range(200):
+        kept, length = ((8, 10), (12, 30))[step % 2]  # 20 of 40 together, though 0.8 and 0.4 alone
+        sensitivity = torch.tensor(1.0), torch.tensor(2.0)
+        counts_BL, lengths_B = torch.tensor([[kept]]), torch.tensor([length])
+        goal.measure(tiny_bert(), 0.001 * step, counts_BL, lengths_B, sensitivity)
+        goal.end_pass()
+        moved.append(goal.correction(1.0, largest=9.0))
+    assert moved[-2] == pytest.approx(-moved[-1], rel=0.1) and abs(moved[-1]) > 0.05
+    assert goal.excess(1.0) == pytest.approx(0.0, abs=0.05)
 
 
 def test_without_a_target_nothing_is_to_be_met_and_nothing_moves() -> None:
