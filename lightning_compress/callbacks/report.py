@@ -40,6 +40,8 @@ __all__ = ["CompressionReport"]
 
 _LOSS = re.compile(r"(^|[/_])loss($|[/_])")
 _METRIC = re.compile(r"^val[/_]")
+_FAR = 1.4
+"""How far from the target a measured ratio is worth a word."""
 _NO_TEXTS = (
     "No validation batch with input_ids was seen, so the report cannot show which tokens leave, and FLOPs are those of "
     "the last training passes: give the trainer validation data as dicts of model inputs"
@@ -161,6 +163,8 @@ class CompressionReport(Callback):
             if dropping is None:
                 notes = [_NO_TEXTS]
                 warnings.warn(_NO_TEXTS, stacklevel=2)
+            else:
+                notes = _missed(_target(plan, compressor), dropping.flops / dropping.dense_flops)
         return RunRecord(
             model_type=plan.model_type,
             methods=[{"method": record.method, "config": record.config} for record in plan.methods],
@@ -233,6 +237,18 @@ def _target(plan: CompressionPlan, compressor: Compressor) -> dict[str, Any]:
     if default is not None and all(value is None for value in target.values()) and "target_flops" in target:
         target["target_flops"] = default
     return target
+
+
+def _missed(target: Mapping[str, Any], ratio: float) -> list[str]:
+    """Return what to say of a model that spends much more or less on validation texts than it was asked to."""
+    asked = target.get("target_flops")
+    if asked is None or 1.0 / _FAR < ratio / asked < _FAR:
+        return []
+    text = (
+        f"Asked for {asked:.0%} of the FLOPs, but on validation texts the model spends {ratio:.1%}: train longer, or "
+        f"set the dial with choose_threshold_scale(model, batches, target_flops={asked})."
+    )
+    return [text]
 
 
 def _scopes(model: nn.Module) -> ScopeCounts:

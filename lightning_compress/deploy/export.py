@@ -78,7 +78,7 @@ def export_onnx(
         raise ValueError(
             "the model drops tokens by thresholds, but the shapes of an exported model are fixed: pass "
             "counts=static_counts(model, batches) with batches of typical texts, or the length once for each layer to "
-            "drop nothing"
+            "drop nothing; on the command line --texts FILE with typical texts, one a line, or --counts"
         )
     program = _Outputs(make_static(model, counts).float().cpu()).eval()
     sizes = _Sizes(length, batch, longest)

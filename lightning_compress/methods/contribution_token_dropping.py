@@ -55,7 +55,8 @@ _MAX_WIDTH = 4096
 _STRUCTURE = ("layers", "predictor_width", "protect_first", "protect_tokens")
 _COUNTS_COSTS = 50
 """How often, over a whole training, the cost of a token is counted anew."""
-_MEMORY = 0.9
+_MEMORY, _FADE = 0.9, 6.0
+"""What a pass leaves of the sums before it, in a long run; how fast sums fade over a whole short one."""
 _DUAL_RATE = 0.3
 _MULTIPLIER_LIMIT = 10.0
 _CORRECTION_RATE = 0.03
@@ -123,7 +124,10 @@ class ContributionTokenDroppingConfig(MethodConfig):
         )
         for name in ("target_flops", "target_tokens"):
             value = goals[name]
-            _check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
+            _check(
+                value is None or (isinstance(value, int | float) and 0.0 < value <= 1.0),
+                f"{name}={value!r} is not a number in (0, 1]: 0.5 asks for half",
+            )
         _check(
             self.length_weight is None or self.length_weight >= 0,
             f"length_weight={self.length_weight} is negative",
@@ -205,6 +209,8 @@ class ContributionTokenDroppingHandle:
     """Learning rate of the thresholds for the coming step."""
     multiplier: float = 1.0
     """Lagrange multiplier of the target."""
+    memory: float = _MEMORY
+    """What the coming pass leaves of the sums before it."""
     totals: list[float] = field(default_factory=list)
     """Fading sums over passes: cost, dense cost, tokens in the layers, tokens times layers; batches differ much."""
     costs: tuple[DroppingCosts, DroppingCosts] | None = field(default=None, repr=False)
@@ -287,7 +293,7 @@ class ContributionTokenDroppingHandle:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(latest)
         before = self.totals or [0.0] * 4
-        self.totals = [_MEMORY * old + new for old, new in zip(before, latest.tolist(), strict=True)]
+        self.totals = [self.memory * old + new for old, new in zip(before, latest.tolist(), strict=True)]
 
     @property
     def ratio(self) -> float:
@@ -389,6 +395,8 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
     # in recovery removal stays hard, also where a second fit begins again at 0
     handle.policy.slope = config.slope_end if handle.phase == "recovery" else _slope(config, progress)
     _clamp(handle.policy)
+    if step > 0:
+        handle.memory = min(_MEMORY, max(1.0 - _FADE * step, 0.0))
     if step > 0:  # not if a step is done again, after a run that stopped within it
         _steer(handle, step)
     if handle.phase == "ramp" and step > 0:

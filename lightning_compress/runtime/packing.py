@@ -55,16 +55,22 @@ def pack(model: Model) -> Model:
 def unpack(model: Model) -> Model:
     """Put the family's own encoder back, around the layers and weights as they are now; in place.
 
-    A policy that dropped tokens is left out. A model that is not packed stays as it is.
+    A model that is not packed stays as it is.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: If it holds no or several transformers models, or one of an unknown family.
+        ValueError: If it holds no or several transformers models, one of an unknown family, or one that drops tokens:
+            only the packed encoder can, and what decides which would be lost.
     """
     encoder = packed_encoder(model)
     if encoder is not None:
+        if encoder.policy is not None:
+            raise ValueError(
+                "this model drops tokens, and unpacking it would lose the networks that decide which: call "
+                "lightning_compress.set_threshold_scale(model, 0) to drop none, or keep a copy of the dense model"
+            )
         transformer, anatomy = _described(model)
         _put(transformer, _encoder_path(anatomy), encoder.family)
     return model
@@ -87,6 +93,11 @@ def _put(model: nn.Module, path: str, encoder: nn.Module) -> None:
 
 
 def _described(model: nn.Module) -> tuple[PreTrainedModel, Anatomy]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, got {model!r}: load it first, e.g. with "
+            "AutoModelForSequenceClassification.from_pretrained"
+        )
     transformer = cast(PreTrainedModel, find_transformer(model)[1])
     return transformer, describe(transformer)
 

@@ -167,3 +167,8 @@ def test_a_users_own_head_reads_every_token(classifier):
     with torch.no_grad():
         expected = model(**batch)
         torch.testing.assert_close(pack(model)(**batch), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_name_is_not_a_model():
+    with pytest.raises(TypeError, match=r"got 'bert-base-uncased': load it first"):
+        pack("bert-base-uncased")
