@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from typing_extensions import override
 
-from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.validation_dial import check_validation, choose_on_validation_data
+from lightning_compress.callbacks.validation_dial import TokenDroppingCallback
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig as Config
 from lightning_compress.methods.saliency_teacher import MODULE, SELF
-from lightning_compress.runtime.trial import DialPoint, check_batch
 
 __all__ = ["ContributionTokenDropping"]
 
 
-class ContributionTokenDropping(CompressionCallback):
+class ContributionTokenDropping(TokenDroppingCallback):
     """Learn which tokens carry the prediction, and let the rest leave before they cost anything.
 
     The first part of training fine-tunes as usual; its result becomes the teacher whose gradient saliencies small
@@ -112,34 +108,5 @@ class ContributionTokenDropping(CompressionCallback):
             threshold_lr=threshold_lr,
             max_drop=max_drop,
         )
-        if max_drop is not None and not convert:
-            raise ValueError(
-                "max_drop is measured on the converted model: leave convert=False out, or max_drop"
-            )
-        self.max_drop = max_drop
-        self.chosen: DialPoint | None = None
-        """What ``max_drop`` led to, as measured on the validation data."""
         resources = None if teacher_model is None else {"teacher_model": teacher_model}
-        super().__init__(config, module=module, convert=convert, resources=resources)
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make sure that there will be data to choose on."""
-        if stage == "fit" and self.max_drop is not None:
-            check_validation(trainer, self.max_drop)
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
-    ) -> None:
-        """Find out early, in the sanity check, whether batches can be scored."""
-        if self.max_drop is not None:
-            check_batch(batch)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Convert, then choose the scale of the thresholds."""
-        super().on_fit_end(trainer, pl_module)
-        if self.max_drop is not None:
-            self.chosen = choose_on_validation_data(trainer, pl_module, self.max_drop)
+        super().__init__(config, max_drop, module=module, convert=convert, resources=resources)

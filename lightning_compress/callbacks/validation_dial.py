@@ -5,17 +5,76 @@ What the dial is and how a setting is looked for is in :mod:`lightning_compress.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from typing_extensions import override
 
+from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.session import session_of
+from lightning_compress.methods import MethodConfig
 from lightning_compress.runtime.dial import DialPoint, choose_threshold_scale, set_threshold_scale
+from lightning_compress.runtime.trial import check_batch
 
-__all__ = ["check_validation", "choose_on_validation_data"]
+__all__ = ["TokenDroppingCallback", "check_validation", "choose_on_validation_data"]
+
+
+class TokenDroppingCallback(CompressionCallback):
+    """What the callbacks of token dropping share: with ``max_drop`` the dial is set when ``fit`` ends.
+
+    Args:
+        config: Settings of the method.
+        max_drop: By how much the validation score may be below that with nothing dropped; None leaves the dial alone.
+        module: Dotted path of the transformer inside the LightningModule.
+        convert: Whether to put the packed engine in place when ``fit`` ends.
+        resources: What the method takes beside its settings.
+
+    Raises:
+        ValueError: If ``max_drop`` is with ``convert=False``.
+    """
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        max_drop: float | None,
+        *,
+        module: str | None,
+        convert: bool,
+        resources: Mapping[str, Any] | None = None,
+    ) -> None:
+        if max_drop is not None and not convert:
+            raise ValueError(
+                "max_drop is measured on the converted model: leave convert=False out, or max_drop"
+            )
+        self.max_drop = max_drop
+        self.chosen: DialPoint | None = None
+        """What ``max_drop`` led to, as measured on the validation data."""
+        super().__init__(config, module=module, convert=convert, resources=resources)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that there will be data to choose on."""
+        if stage == "fit" and self.max_drop is not None:
+            check_validation(trainer, self.max_drop)
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
+    ) -> None:
+        """Find out early, in the sanity check, whether batches can be scored."""
+        if self.max_drop is not None:
+            check_batch(batch)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Convert, then choose the scale of the thresholds."""
+        super().on_fit_end(trainer, pl_module)
+        if self.max_drop is not None:
+            self.chosen = choose_on_validation_data(trainer, pl_module, self.max_drop)
 
 
 def check_validation(trainer: Trainer, max_drop: float) -> None:
