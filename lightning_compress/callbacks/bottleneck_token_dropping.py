@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.validation_dial import TokenDroppingCallback
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig as Config
 
 __all__ = ["BottleneckTokenDropping"]
 
 
-class BottleneckTokenDropping(CompressionCallback):
+class BottleneckTokenDropping(TokenDroppingCallback):
     """Let an information bottleneck decide, token by token, what goes on into each layer; the rest leaves.
 
     A sampler before each layer gives every token a probability of staying. While training, decisions are drawn, and an
@@ -20,9 +20,11 @@ class BottleneckTokenDropping(CompressionCallback):
     real, in batches.
 
     Args:
-        target_flops: Share of the dense encoder's FLOPs to spend, in (0, 1]; 0.5 if no other goal is given.
+        target_flops: Share of the dense encoder's FLOPs to spend, in (0, 1]; 0.5 if no other goal is given;
+            samplers included.
         target_tokens: Instead: share of tokens that enter the layers, on average over layers, in (0, 1].
-        removal_weight: Instead: fixed weight of the term that drops tokens (the paper's gamma of the norm).
+        removal_weight: Weight of the term that drops tokens (the paper's gamma of the norm); by default the published
+            one. Without a target it alone decides how many leave.
         objective: ``"bottleneck"``, norm and entropy, or ``"skim"``, the plain share of tokens that stay.
         form: How the norm is taken: ``"rms"`` per text, ``"kl"`` as the Gaussian prior has it, or ``"batch_fro"`` of
             the whole batch, as in the official code.
@@ -36,12 +38,16 @@ class BottleneckTokenDropping(CompressionCallback):
         protect_first: How many tokens at the start of a text never leave, at least 1 (the classification token).
         protect_tokens: Token ids that never leave, e.g. the separator's.
         warmup: Share of training before the norm counts, in [0, 1).
-        ramp_end: Share of training after which decisions are those of deployment; 1 samples to the end.
+        ramp_end: Share of training after which decisions are those of deployment, in (warmup, 1].
+        max_drop: By how much the validation score may be below that with nothing dropped, in [0, 1): at the end of
+            ``fit`` the fastest setting within is chosen on the trainer's validation data, whose batches are
+            dicts with ``"labels"``. By default the threshold stays as trained.
         module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
         convert: Whether to put the packed engine in place when ``fit`` ends.
 
     Raises:
-        ValueError: If an argument is outside its range, or several goals are given.
+        ValueError: If an argument is outside its range, two goals are given, or ``max_drop`` is with
+            ``convert=False``.
 
     Paper: Infor-Coef (arXiv 2305.12458).
 
@@ -69,6 +75,7 @@ class BottleneckTokenDropping(CompressionCallback):
         protect_tokens: Sequence[int] = Config.protect_tokens,
         warmup: float = Config.warmup,
         ramp_end: float = Config.ramp_end,
+        max_drop: float | None = Config.max_drop,
         module: str | None = None,
         convert: bool = True,
     ) -> None:
@@ -89,5 +96,6 @@ class BottleneckTokenDropping(CompressionCallback):
             protect_tokens=tuple(protect_tokens),
             warmup=warmup,
             ramp_end=ramp_end,
+            max_drop=max_drop,
         )
-        super().__init__(config, module=module, convert=convert)
+        super().__init__(config, max_drop, module=module, convert=convert)

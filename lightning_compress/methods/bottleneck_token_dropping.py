@@ -91,6 +91,9 @@ class BottleneckTokenDroppingConfig(MethodConfig):
     """Share of training before the norm counts, in [0, 1)."""
     ramp_end: float = 0.8
     """Share of training after which decisions are those of deployment, in (warmup, 1]."""
+    max_drop: float | None = None
+    """By how much the validation score may be below that with nothing dropped, in [0, 1): at the end of fit the dial is
+    set to the fastest that stays within. By default it stays as trained."""
 
     def __post_init__(self) -> None:
         _check(
@@ -117,6 +120,10 @@ class BottleneckTokenDroppingConfig(MethodConfig):
         _check(
             self.warmup < self.ramp_end <= 1.0,
             f"ramp_end={self.ramp_end} is outside (warmup={self.warmup}, 1]: dropping is learned between the two",
+        )
+        _check(
+            self.max_drop is None or 0.0 <= self.max_drop < 1.0,
+            f"max_drop={self.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
         )
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
         object.__setattr__(self, "protect_tokens", tuple(self.protect_tokens))

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_compress import load, save_pretrained, set_threshold_scale
 from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping, SoftThresholdRank
 from lightning_compress.runtime import is_packed, packed_encoder
+from lightning_compress.runtime.dial import threshold_scale
 from tests.callbacks.test_contribution_token_dropping import Scheduled, Texts, Watch
 from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, toy_loader, toy_trainer
@@ -48,6 +49,16 @@ def test_what_was_trained_is_saved_and_opened_with_its_samplers(tmp_path: Path) 
         assert torch.equal(again(**batch).logits, module.model.eval()(**batch).logits)
     kept = [segments.num_rows for segments in packed_encoder(again).latest]
     assert kept == [4, 4]  # the dial is saved too: only first tokens stay
+
+
+def test_the_dial_is_set_on_validation_data_when_fit_ends() -> None:
+    module = ToyModule()
+    method = BottleneckTokenDropping(removal_weight=1.0, warmup=0.0, sampler_width=6, max_drop=0.99)
+    toy_trainer(callbacks=[method]).fit(module, toy_loader(), toy_loader(8))
+    assert method.chosen is not None and method.chosen.tokens_kept_L[1] < 1.0
+    assert threshold_scale(module.model) == pytest.approx(method.chosen.scale) and method.chosen.scale > 1.0
+    with pytest.raises(ValueError, match="leave convert=False out"):
+        BottleneckTokenDropping(max_drop=0.01, convert=False)
 
 
 def test_the_two_policies_in_one_run_are_refused_before_it_starts() -> None:

@@ -103,6 +103,7 @@ def kept(model: nn.Module) -> list[int]:
         ({"sampler_width": 0}, "sampler_width=0 is below 1"),
         ({"sampler_lr": 0.0}, "sampler_lr=0.0 is not positive"),
         ({"protect_first": 0}, "protect_first=0 is below 1"),
+        ({"max_drop": 1.0}, r"max_drop=1.0 is outside \[0, 1\)"),
         ({"warmup": 1.0}, r"warmup=1.0 is outside \[0, 1\)"),
         ({"warmup": 0.5, "ramp_end": 0.5}, r"ramp_end=0.5 is outside \(warmup=0.5, 1\]"),
     ],
