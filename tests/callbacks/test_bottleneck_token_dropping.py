@@ -15,7 +15,13 @@ from lightning_compress import load, save_pretrained, set_threshold_scale
 from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping, SoftThresholdRank
 from lightning_compress.runtime import is_packed, packed_encoder
 from lightning_compress.runtime.dial import threshold_scale
-from tests.callbacks.test_contribution_token_dropping import Scheduled, Texts, Watch
+from tests.callbacks.test_contribution_token_dropping import (
+    InterruptedByTestError,
+    Interrupts,
+    Scheduled,
+    Texts,
+    Watch,
+)
 from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, toy_loader, toy_trainer
 
@@ -120,3 +126,17 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
         resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) == {"warmup", "search", "recovery"}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step"])
+def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp_path: Path) -> None:
+    whole = run([])
+    for step in (3, 5, 9):
+        saves = ModelCheckpoint(
+            tmp_path, filename=f"at{step}", save_on_exception=True, every_n_train_steps=1000
+        )
+        with pytest.raises(InterruptedByTestError):
+            run([Interrupts(step, hook), saves])
+        resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99)
+        assert differences(whole, resumed) == [], f"stopped in step {step}"
