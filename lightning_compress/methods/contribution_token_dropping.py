@@ -126,7 +126,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
             value = goals[name]
             _check(
                 value is None or (isinstance(value, int | float) and 0.0 < value <= 1.0),
-                f"{name}={value!r} is not a number in (0, 1]: 0.5 asks for half",
+                f"{name}={value!r} is outside (0, 1]: 0.5 asks for half",
             )
         _check(
             self.length_weight is None or self.length_weight >= 0,
@@ -320,14 +320,14 @@ class ContributionTokenDroppingHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, multiplier, and the teacher with the saliencies it gave."""
-        names = ("phase", "progress", "threshold_lr", "multiplier", "totals")
+        names = ("phase", "progress", "threshold_lr", "multiplier", "memory", "totals")
         costs = None if self.costs is None else [asdict(costs) for costs in self.costs]
         counted = {"costs": costs, "counted": self._counted}
         return {**{n: getattr(self, n) for n in names}, **counted, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, and the teacher."""
-        for name in ("phase", "progress", "threshold_lr", "multiplier", "totals"):
+        for name in ("phase", "progress", "threshold_lr", "multiplier", "memory", "totals"):
             setattr(self, name, state[name])
         costs = state["costs"]
         self.costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
