@@ -100,10 +100,21 @@ class TokenSampler(nn.Sequential):
             last.bias.add_(torch.tensor([-_INIT_KEEP, _INIT_KEEP]).to(last.bias))
 
     def log_odds(self, hidden: Tensor) -> Tensor:
-        """Return the log odds of keeping each token, ``[..., D] -> [...]``, in at least fp32."""
-        logits = self(hidden)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return logits[..., _KEEP] - logits[..., _DROP]
+        """Return the log odds of keeping each token, ``[..., D] -> [...]``, in at least fp32.
+
+        The last layer is run as the difference of its two outputs, in fp32: the outputs themselves are around 5 and
+        more, where bf16 has steps of 1/32, and tokens differ by little more at first.
+        """
+        *inner, last = self
+        assert isinstance(last, nn.Linear)
+        for module in inner:
+            hidden = module(hidden)
+        weight, bias = (p[_KEEP] - p[_DROP] for p in map(_at_least_float, (last.weight, last.bias)))
+        return (_at_least_float(hidden) * weight).sum(dim=-1) + bias
+
+
+def _at_least_float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class BottleneckPolicy(TokenPolicy):
