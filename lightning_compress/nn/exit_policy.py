@@ -1,0 +1,159 @@
+"""How examples leave early: what the packed engine asks of exits, and what all rules of leaving have in common.
+
+The rules themselves are the next chapter, :mod:`lightning_compress.nn.exit_rules`.
+
+Shape legend: B examples that are still there, N rows, C classes, D hidden size, K exits before the last.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.segments import Segments
+
+__all__ = ["ExitPolicy", "ExitRule", "ExitRuleName"]
+
+ExitRuleName = Literal["entropy", "max_prob", "margin", "patience", "learned"]
+"""Names of the rules."""
+
+
+class ExitPolicy(Protocol):
+    """Lets examples leave the packed engine between layers; holds exit heads and a rule, and the logits of who left."""
+
+    rule: ExitRule
+    layers: tuple[int, ...]
+    """Layers after which there is an exit, ascending, from 0; the last layer is not among them."""
+
+    def start(self, segments: Segments) -> None:
+        """Forget the latest pass: one with these examples begins."""
+        ...
+
+    def look(self, layer: int, hidden_ND: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Return the logits ``[B, C]`` of the exit after ``layer`` and the states ``[B, D]`` that the rule may read.
+
+        Args:
+            layer: One of :attr:`layers`.
+            hidden_ND: Rows that leave the layer, exactly those of ``segments``.
+            segments: Which example each row belongs to; ``segments.example_B`` numbers those still there.
+        """
+        ...
+
+    def check(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
+        """Return which examples stay, bool ``[B]``; None if all do. The logits of those that leave are remembered.
+
+        Arguments are those of :meth:`look`; ``layer`` may be one without an exit.
+        """
+        ...
+
+
+class ExitRule(nn.Module):
+    """Base of the rules: chosen exits, a threshold, and what is to be remembered from exit to exit of a pass.
+
+    Both are buffers, so they are saved with the model and can be changed after loading. A pass is
+    ``start``, then at each exit ``leaves`` and, where somebody left, ``keep``.
+
+    Args:
+        layers: Layers after which there is an exit, ascending, from 0; the last layer is not among them.
+        threshold: What measures are compared with; None is :attr:`off`.
+
+    Raises:
+        ValueError: If the threshold is out of range.
+    """
+
+    name: ClassVar[ExitRuleName]
+    off: ClassVar[float]
+    """The threshold at which nobody leaves."""
+    is_below: ClassVar[bool]
+    """Whether examples leave below the threshold; otherwise above."""
+    looks_back: ClassVar[bool] = False
+    """Whether a measure depends on what exits before said, so that none can be left out."""
+
+    threshold: Tensor
+    is_checked_K: Tensor
+    """Which exits are asked, bool, in the order of :attr:`layers`."""
+
+    def __init__(self, layers: Sequence[int], threshold: float | None = None) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        threshold = self.off if threshold is None else threshold
+        self.register_buffer("threshold", torch.tensor(self.checked(threshold), dtype=torch.float32))
+        self.register_buffer("is_checked_K", torch.ones(len(self.layers), dtype=torch.bool))
+        self._now: tuple[float, frozenset[int]] | None = None
+
+    def checked(self, threshold: float) -> float:
+        """Return a threshold that is in range.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if not 0.0 <= threshold <= self._highest():
+            raise ValueError(
+                f"threshold={threshold} of the exit rule {self.name!r} is outside [0, {self._highest():g}]: "
+                f"{self.off:g} lets nobody leave early"
+            )
+        return float(threshold)
+
+    def start(self, batch_size: int, device: torch.device | str) -> None:
+        """Begin a pass over some examples, none of which has met an exit; the threshold is read once."""
+        del batch_size, device
+        where = {layer for layer, asked in zip(self.layers, self.is_checked_K.tolist(), strict=True) if asked}
+        threshold = float(self.threshold)
+        self._now = threshold, frozenset(() if threshold == self.off else where)
+
+    def is_asked(self, layer: int) -> bool:
+        """Whether somebody might leave after ``layer`` in this pass, so that its exit has to be run."""
+        return layer in self._current()[1]
+
+    def leaves(self, layer: int, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
+        """Return who leaves after ``layer``, bool ``[B]``; never an example with a logit that is no number.
+
+        Args:
+            layer: One of :attr:`layers`; exits are met in ascending order.
+            logits_BC: What the exit says of the examples still there, in their order.
+            hidden_BD: The states it says that from; read by ``learned`` alone.
+
+        Raises:
+            ValueError: If there is one logit and the rule compares classes.
+        """
+        measure_B = self.measure(layer, logits_BC, hidden_BD)
+        fires_B = self.fires(measure_B, self._current()[0])
+        return fires_B if self.is_asked(layer) else torch.zeros_like(fires_B)
+
+    @abstractmethod
+    def measure(self, layer: int, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
+        """Return what is compared with the threshold, ``[B]``; arguments and errors are those of :meth:`leaves`."""
+
+    def fires(self, measure_B: Tensor, threshold: float) -> Tensor:
+        """Return whose measure is strictly beyond a threshold; not a number is not."""
+        return measure_B < threshold if self.is_below else measure_B > threshold
+
+    def keep(self, stay_B: Tensor) -> None:
+        """Forget the examples that left.
+
+        Args:
+            stay_B: True for examples that go on, of those that were there at the latest exit.
+        """
+
+    def _highest(self) -> float:
+        return 1.0
+
+    def _current(self) -> tuple[float, frozenset[int]]:
+        if self._now is None:
+            raise RuntimeError("the exit rule was asked outside a pass: call start(batch_size, device) first")
+        return self._now
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExitRule:
+        """Cast and move as usual, but keep the threshold exact: 0.999 would be 1 in half precision."""
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != exact.dtype and not self.threshold.is_meta:
+            self.threshold = exact.to(self.threshold.device)
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_now": None}
