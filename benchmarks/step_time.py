@@ -20,11 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_compress import Compressor, ContributionTokenDroppingConfig, SoftThresholdRankConfig
+from lightning_compress import (
+    BottleneckTokenDroppingConfig,
+    Compressor,
+    ContributionTokenDroppingConfig,
+    SoftThresholdRankConfig,
+)
 from lightning_compress.methods import MethodConfig
 from lightning_compress.nn.saliency import SaliencyCache
 from lightning_compress.report import describe_machine, describe_versions
 
+BOTTLENECK = BottleneckTokenDroppingConfig(target_flops=0.5, ramp_end=0.8)
 DROPPING = ContributionTokenDroppingConfig(target_flops=0.5, warmup=0.0, ramp_end=0.8)
 STEPS: dict[str, dict[str, tuple[MethodConfig, str, float, bool]]] = {
     "soft_threshold_rank": {
@@ -41,6 +47,11 @@ STEPS: dict[str, dict[str, tuple[MethodConfig, str, float, bool]]] = {
             0.2,
             False,
         ),
+    },
+    "bottleneck_token_dropping": {
+        "search": (BOTTLENECK, "search", 0.2, False),
+        "search, 64 wide": (dataclasses.replace(BOTTLENECK, sampler_width=64), "search", 0.2, False),
+        "recovery": (BOTTLENECK, "recovery", 0.9, False),
     },
 }
 """Per method and kind of step: configuration, phase, progress, and whether texts are new in each step."""
