@@ -9,12 +9,13 @@ code of its direct successor STAR-KV (arXiv 2606.08382).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.nn.surgery import dense_weight, linear_shape
 
@@ -71,6 +72,7 @@ class SoftThresholdLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear_shape(linear)
         self.sharpness, self.relative = sharpness, relative
+        self.is_transposed = isinstance(linear, Conv1D)
         weight_OI = dense_weight(linear).detach()
         rank, device = min(self.in_features, self.out_features), weight_OI.device
         trainable = bool(linear.weight.requires_grad)
@@ -195,6 +197,52 @@ class SoftThresholdLinear(nn.Module):
         self.mode, self.is_calibrating = mode, calibrate and mode == "open"
         self._index_kept()
 
+    @torch.no_grad()
+    def keep_features(
+        self, inputs: Sequence[int] | Tensor | None = None, outputs: Sequence[int] | Tensor | None = None
+    ) -> None:
+        """Keep these inputs and outputs only (None keeps all), in place; the gate stays as it is.
+
+        The directions are no singular vectors of the smaller weight any more. While all of them live the weight is
+        decomposed anew; afterwards they stay, and there may be more of them than ``min(I, O)``.
+        """
+        self.settle()
+        if inputs is not None:
+            index_K = torch.as_tensor(inputs, dtype=torch.int64, device=self.v_MI.device)
+            self.v_MI = _as_parameter(self.v_MI.index_select(1, index_K), self.v_MI)
+            if self.settled_moment_II is not None:
+                self.settled_moment_II = self.settled_moment_II[index_K][:, index_K]
+        if outputs is not None:
+            index_K = torch.as_tensor(outputs, dtype=torch.int64, device=self.u_OM.device)
+            self.u_OM = _as_parameter(self.u_OM.index_select(0, index_K), self.u_OM)
+            if self.bias is not None:
+                self.bias = _as_parameter(self.bias.index_select(0, index_K), self.bias)
+        self.in_features, self.out_features = self.v_MI.shape[1], self.u_OM.shape[0]
+        if self.mode == "open" and self.full_rank > min(self.in_features, self.out_features):
+            self._decompose_smaller()
+
+    def _decompose_smaller(self) -> None:
+        """Take as many directions as the smaller weight has, and keep their product."""
+        weight_OI, rank = self.weight, min(self.in_features, self.out_features)
+        self.u_OM = _as_parameter(self.u_OM[:, :rank].clone(), self.u_OM)
+        self.v_MI = _as_parameter(self.v_MI[:rank].clone(), self.v_MI)
+        self.sigma_M = _as_parameter(self.sigma_M[:rank].clone(), self.sigma_M)
+        self.keep_mask_M = self.keep_mask_M[:rank].clone()
+        if not weight_OI.is_meta:
+            moment_II, self.settled_moment_II = self.settled_moment_II, None
+            self.factorise(weight_OI)
+            self.settled_moment_II = moment_II
+
+    def dense_blank(self) -> nn.Module:
+        """Return the layer that this one took the place of, on the meta device."""
+        sizes, dtype = (self.in_features, self.out_features), self.u_OM.dtype
+        if self.is_transposed:
+            with torch.device("meta"):
+                blank: nn.Module = Conv1D(self.out_features, self.in_features).to(dtype)
+        else:
+            blank = nn.Linear(*sizes, bias=self.bias is not None, device="meta", dtype=dtype)
+        return blank.requires_grad_(self.u_OM.requires_grad).train(self.training)
+
     def _index_kept(self) -> None:
         """Look the living directions up once, not in ``forward``: their number would break compiled graphs."""
         is_pinned = self.mode == "pinned" and not self.keep_mask_M.is_meta
@@ -295,6 +343,10 @@ class LowRankLinear(nn.Sequential):
     def flops_per_token(self) -> int:
         """FLOPs (2 MACs) per token."""
         return 2 * self.kept_parameters
+
+
+def _as_parameter(values: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(values.detach(), requires_grad=like.requires_grad)
 
 
 def _cholesky_root(moment_II: Tensor) -> Tensor:

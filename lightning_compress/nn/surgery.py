@@ -8,8 +8,10 @@ which ones took their place (for optimizers that were built too early), and it c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +19,22 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "Ledger",
+    "carry_hooks",
     "dense_weight",
     "get_module",
     "is_linear",
     "linear_shape",
     "new_linear",
+    "remove_hook",
     "replace_module",
     "unwrap_adapter",
 ]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOK_FLAGS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
 
 
 def get_module(root: nn.Module, path: str) -> nn.Module:
@@ -46,6 +56,42 @@ def replace_module(root: nn.Module, path: str, new: nn.Module) -> nn.Module:
     new.train(old.training)
     parent._modules[name] = new
     return old
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Move the forward hooks and pre-hooks that belong to a place rather than to a module.
+
+    They are those whose callable has a true attribute ``follows_module``, such as gates on a linear's input: they
+    stay where they are while one module takes another's place. A handle from ``register_forward_hook`` cannot remove
+    them afterwards; :func:`remove_hook` can.
+    """
+    for kind in _HOOKS:
+        hooks = getattr(old, kind)
+        for key in [key for key, hook in hooks.items() if getattr(hook, "follows_module", False)]:
+            for table in (kind, *_HOOK_FLAGS[kind]):
+                if key in getattr(old, table):
+                    getattr(new, table)[key] = getattr(old, table).pop(key)
+
+
+def remove_hook(root: nn.Module, hook: Callable[..., Any]) -> int:
+    """Remove a forward hook or pre-hook from every module in ``root`` that has it; return from how many.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> def double(module, args):
+        ...     return (2 * args[0],)
+        >>> _ = model[0].register_forward_pre_hook(double)
+        >>> remove_hook(model, double), remove_hook(model, double)
+        (1, 0)
+    """
+    removed = 0
+    for module in root.modules():
+        for kind in _HOOKS:
+            for key in [key for key, found in getattr(module, kind).items() if found is hook]:
+                removed += 1
+                for table in (kind, *_HOOK_FLAGS[kind]):
+                    getattr(module, table).pop(key, None)
+    return removed
 
 
 def unwrap_adapter(root: nn.Module, path: str) -> str:
@@ -98,6 +144,12 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _Attributes:
+    path: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Inheritance:
     stale: tuple[nn.Parameter, ...]
     heirs: tuple[nn.Parameter, ...]
@@ -117,20 +169,52 @@ class Ledger:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self._entries: list[_Entry] = []
+        self._entries: list[_Entry | _Attributes] = []
         self._inheritances: list[_Inheritance] = []
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def replace(self, path: str, new: nn.Module) -> nn.Module:
-        """Put ``new`` at ``path``, remember the original's shape (not its weights) and return the original."""
+        """Put ``new`` at ``path``, remember the original's shape (not its weights) and return the original.
+
+        Hooks that follow the module move to ``new``, see :func:`carry_hooks`.
+        """
         old = get_module(self.root, path)
-        before, after = list(old.parameters()), list(new.parameters())
+        self._note(path, _blank(old), list(old.parameters()), list(new.parameters()))
+        carry_hooks(old, new)
+        return replace_module(self.root, path, new)
+
+    def alter(
+        self, path: str, change: Callable[[nn.Module], object], original: nn.Module | None = None
+    ) -> None:
+        """Change the parameters of the module at ``path`` in place, and remember its shape before.
+
+        Args:
+            path: Dotted path.
+            change: Called with the module; gives it new parameters.
+            original: What :meth:`revert` is to put there, on the meta device; a blank of the module by default.
+        """
+        module = get_module(self.root, path)
+        blank, before = original or _blank(module), list(module.parameters())
+        change(module)
+        self._note(path, blank, before, list(module.parameters()))
+
+    def set_attributes(self, path: str, **values: Any) -> None:
+        """Set plain attributes of the module at ``path``, and remember what they were.
+
+        Raises:
+            AttributeError: If the module does not have one of them.
+        """
+        module = get_module(self.root, path)
+        self._entries.append(_Attributes(path, {name: getattr(module, name) for name in values}))
+        for name, value in values.items():
+            setattr(module, name, value)
+
+    def _note(self, path: str, blank: nn.Module, before: list[Any], after: list[Any]) -> None:
         stale = tuple(p for p in before if id(p) not in set(map(id, after)))
         heirs = tuple(p for p in after if id(p) not in set(map(id, before)))
-        self._entries.append(_Entry(path, _blank(old), stale, heirs))
-        return replace_module(self.root, path, new)
+        self._entries.append(_Entry(path, blank, stale, heirs))
 
     def successors(self) -> dict[int, list[nn.Parameter]]:
         """Map the ``id`` of each parameter made stale to the live parameters that took its place.
@@ -140,7 +224,8 @@ class Ledger:
         """
         live = {id(parameter) for parameter in self.root.parameters()}
         found: dict[int, list[nn.Parameter]] = {}
-        for entry in [*self._entries, *self._inheritances]:
+        replacements = [entry for entry in self._entries if isinstance(entry, _Entry)]
+        for entry in [*replacements, *self._inheritances]:
             for parameter in entry.stale:
                 if id(parameter) not in live:
                     found[id(parameter)] = [p for p in entry.heirs if id(p) in live]
@@ -153,23 +238,36 @@ class Ledger:
 
     def forget_stale(self) -> None:
         """Release the replaced parameters once every optimizer has been re-pointed."""
-        self._entries = [_Entry(entry.path, entry.blank, (), ()) for entry in self._entries]
+        self._entries = [
+            replace(entry, stale=(), heirs=()) if isinstance(entry, _Entry) else entry
+            for entry in self._entries
+        ]
         self._inheritances = []
 
     def revert(self) -> None:
         """Put blank originals back, last replacement first; weights are zero until loaded."""
         while self._entries:
-            entry = self._entries.pop()
-            like = next(get_module(self.root, entry.path).parameters(), torch.empty(()))
-            replace_module(self.root, entry.path, _materialise(entry.blank, like))
+            entry, module = self._entries[-1], get_module(self.root, self._entries[-1].path)
+            self._entries.pop()
+            if isinstance(entry, _Attributes):
+                for name, value in entry.values.items():
+                    setattr(module, name, value)
+                continue
+            like = next(module.parameters(), torch.empty(()))
+            original = _materialise(entry.blank, like)
+            carry_hooks(module, original)
+            replace_module(self.root, entry.path, original)
 
 
 def _blank(module: nn.Module) -> nn.Module:
-    """Copy a module with its parameters moved to the meta device; no weight is copied."""
+    """Copy a module with its parameters moved to the meta device; no weight is copied, nor a hook that follows."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in module.parameters()
     }
+    for hooks in (getattr(part, kind) for part in module.modules() for kind in _HOOKS):
+        staying = {k: hook for k, hook in hooks.items() if not getattr(hook, "follows_module", False)}
+        memo[id(hooks)] = OrderedDict(staying)
     return copy.deepcopy(module, memo)
 
 

@@ -87,6 +87,10 @@ class LayerAnatomy:
     """Path of the dropout between the attention's output and the residual addition; None where there is none."""
     ffn_dropout: str | None = None
     """Path of the dropout between the FFN's output and the residual addition."""
+    head_count_attributes: tuple[str, ...] = ()
+    """Attributes of the attention module that hold the number of query heads."""
+    head_width_attributes: tuple[str, ...] = ()
+    """Attributes of the attention module that hold the width of all query heads together."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,10 @@ class Anatomy:
     """Path of the linear between embeddings narrower than the hidden size and the first layer (ELECTRA)."""
     encoder: str | None = None
     """Path of the module that runs the layers one after the other and does nothing else (post-norm families)."""
+    residual_writers: tuple[str, ...] = ()
+    """Tables, norms and linears outside the layers whose outputs are as wide as the residual stream and part of it."""
+    residual_readers: tuple[str, ...] = ()
+    """Linears outside the layers that read the residual stream: of the pooler and of the task head."""
 
     @property
     def linears(self) -> tuple[LinearSlot, ...]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lightning_compress.nn.anatomy.base import Anatomy, LayerAnatomy, Role, register_family
 from lightning_compress.nn.anatomy.lookup import (
     base_path,
+    find,
     head_size,
     hidden_size,
     is_per_token,
@@ -34,6 +35,16 @@ _ROLES: dict[str, Role] = {
     "intermediate.dense": "ffn_in",
     "output.dense": "ffn_out",
 }
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
+_READERS = (
+    "cls.predictions.transform.dense",
+    "lm_head.dense",
+    "generator_predictions.dense",
+    "discriminator_predictions.dense",
+    "sequence_summary.summary",
+    "classifier.dense",
+    "qa_outputs",
+)
 _NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
 
@@ -74,7 +85,23 @@ def describe_bert_like(model: PreTrainedModel, heads: Sequence[str]) -> Anatomy:
         is_head_per_token=is_per_token(model),
         embedding_projection=next(iter(present(model, [join(base, "embeddings_project")])), None),
         encoder=encoder,
+        residual_writers=_residual_writers(model, base),
+        residual_readers=_residual_readers(model, base),
     )
+
+
+def _residual_writers(model: PreTrainedModel, base: str) -> tuple[str, ...]:
+    projection = present(model, [join(base, "embeddings_project")])
+    return projection or present(model, (join(base, "embeddings", name) for name in _EMBEDDINGS))
+
+
+def _residual_readers(model: PreTrainedModel, base: str) -> tuple[str, ...]:
+    """Return the first linears of pooler and heads; a head's own linear counts where no pooler stands before it."""
+    if not base:
+        return present(model, ["pooler.dense"])
+    pooled = present(model, [join(base, "pooler"), "sequence_summary"])
+    bare = [path for path in present(model, ["classifier"]) if find(model, f"{path}.dense") is None]
+    return present(model, [join(base, "pooler.dense"), *_READERS, *([] if pooled else bare)])
 
 
 def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnatomy:
@@ -95,4 +122,6 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         attention_dropout=f"{attention}.dropout",
         output_dropout=f"{path}.attention.output.dropout",
         ffn_dropout=f"{path}.output.dropout",
+        head_count_attributes=("num_attention_heads",),
+        head_width_attributes=("all_head_size",),
     )

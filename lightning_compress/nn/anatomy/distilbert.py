@@ -30,6 +30,7 @@ _ROLES: dict[str, Role] = {
     "ffn.lin1": "ffn_in",
     "ffn.lin2": "ffn_out",
 }
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
 _NORMS = ("sa_layer_norm", "output_layer_norm")
 _HEADS = (
     "vocab_transform",
@@ -66,6 +67,8 @@ def describe_distilbert(model: PreTrainedModel) -> Anatomy:
         head_modules=head_modules,
         is_head_per_token=is_per_token(model),
         encoder=encoder,
+        residual_writers=present(model, (f"{embeddings}.{name}" for name in _EMBEDDINGS)),
+        residual_readers=head_modules[:1],
     )
 
 
@@ -86,4 +89,6 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         activation=next(iter(present(model, [f"{path}.ffn.activation"])), None),
         attention_dropout=f"{attention}.dropout",
         ffn_dropout=f"{path}.ffn.dropout",
+        head_count_attributes=("n_heads",),
+        head_width_attributes=("dim",),
     )

@@ -59,6 +59,8 @@ def describe_gpt2(model: PreTrainedModel) -> Anatomy:
         is_post_norm=False,
         head_modules=head_modules,
         is_head_per_token=True,
+        residual_writers=(word_embeddings, join(base, "wpe"), final_norm),
+        residual_readers=present(model, [*head_modules, "multiple_choice_head.summary"]),
     )
 
 
@@ -77,4 +79,6 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         head_dim=head_dim,
         intermediate_size=shapes["ffn_in"][1],
         norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+        head_count_attributes=("num_heads",),
+        head_width_attributes=("split_size",),
     )

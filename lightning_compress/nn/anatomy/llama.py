@@ -60,6 +60,8 @@ def describe_llama(model: PreTrainedModel) -> Anatomy:
         is_post_norm=False,
         head_modules=head_modules,
         is_head_per_token=True,
+        residual_writers=(word_embeddings, final_norm),
+        residual_readers=head_modules,
     )
 
 
