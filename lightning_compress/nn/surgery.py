@@ -150,6 +150,11 @@ class _Attributes:
 
 
 @dataclass(frozen=True)
+class _Undo:
+    function: Callable[[nn.Module], object]
+
+
+@dataclass(frozen=True)
 class _Inheritance:
     stale: tuple[nn.Parameter, ...]
     heirs: tuple[nn.Parameter, ...]
@@ -169,7 +174,7 @@ class Ledger:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self._entries: list[_Entry | _Attributes] = []
+        self._entries: list[_Entry | _Attributes | _Undo] = []
         self._inheritances: list[_Inheritance] = []
 
     def __len__(self) -> int:
@@ -211,6 +216,10 @@ class Ledger:
         for name, value in values.items():
             setattr(module, name, value)
 
+    def on_revert(self, undo: Callable[[nn.Module], object]) -> None:
+        """Call ``undo(root)`` when :meth:`revert` comes to this point; a plain function, so that copies can be made."""
+        self._entries.append(_Undo(undo))
+
     def _note(self, path: str, blank: nn.Module, before: list[Any], after: list[Any]) -> None:
         stale = tuple(p for p in before if id(p) not in set(map(id, after)))
         heirs = tuple(p for p in after if id(p) not in set(map(id, before)))
@@ -247,8 +256,11 @@ class Ledger:
     def revert(self) -> None:
         """Put blank originals back, last replacement first; weights are zero until loaded."""
         while self._entries:
-            entry, module = self._entries[-1], get_module(self.root, self._entries[-1].path)
-            self._entries.pop()
+            entry = self._entries.pop()
+            if isinstance(entry, _Undo):
+                entry.function(self.root)
+                continue
+            module = get_module(self.root, entry.path)
             if isinstance(entry, _Attributes):
                 for name, value in entry.values.items():
                     setattr(module, name, value)
