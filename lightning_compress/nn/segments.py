@@ -32,6 +32,8 @@ class Segments:
     """Place of each row in the padded batch, as an index into its flattened ``[B * T]``; integers ``[N]``."""
     protected_N: Tensor | None = None
     """Rows that never leave, bool ``[N]``; None where only the first of each sequence is protected."""
+    example_B: Tensor | None = None
+    """Which example of the batch each sequence is, ascending integers ``[B]``; None where every example is there."""
 
     @classmethod
     def of(cls, real_BT: Tensor, protected_BT: Tensor | None = None) -> Segments:
@@ -91,7 +93,42 @@ class Segments:
             cu_seqlens_B1: Where each sequence starts among them.
         """
         protected_M = None if self.protected_N is None else self.protected_N[index_M]
-        return Segments(cu_seqlens_B1, self.origin_N[index_M], protected_M)
+        return Segments(cu_seqlens_B1, self.origin_N[index_M], protected_M, self.example_B)
+
+    @property
+    def examples_B(self) -> Tensor:
+        """Which example of the batch each sequence is, integers ``[B]``."""
+        if self.example_B is not None:
+            return self.example_B
+        return torch.arange(self.num_sequences, device=self.cu_seqlens_B1.device)
+
+    def of_sequences(self, index_S: Tensor) -> Segments:
+        """Return the same rows as those of some sequences only, when all others have no row left.
+
+        Args:
+            index_S: The sequences that have rows, ascending.
+
+        Example:
+            >>> segments = Segments(torch.tensor([0, 0, 2, 2]), torch.tensor([3, 4])).of_sequences(torch.tensor([1]))
+            >>> segments.cu_seqlens_B1.tolist(), segments.examples_B.tolist()
+            ([0, 2], [1])
+        """
+        ends_S = self.cu_seqlens_B1[1:].index_select(0, index_S)
+        starts = torch.cat([ends_S.new_zeros((1,)), ends_S])
+        return Segments(starts, self.origin_N, self.protected_N, self.examples_B.index_select(0, index_S))
+
+    def of_batch(self, num_examples: int) -> Segments:
+        """Return the same rows as those of every example of the batch; examples that left have none.
+
+        Example:
+            >>> segments = Segments(torch.tensor([0, 2]), torch.tensor([3, 4]), example_B=torch.tensor([1]))
+            >>> segments.of_batch(3).lengths_B.tolist()
+            [0, 2, 0]
+        """
+        if self.example_B is None:
+            return self
+        lengths_B = self.lengths_B.new_zeros((num_examples,)).index_copy(0, self.example_B, self.lengths_B)
+        return Segments(_offsets(lengths_B), self.origin_N, self.protected_N)
 
 
 def segment_max(values_N: Tensor, segments: Segments) -> Tensor:

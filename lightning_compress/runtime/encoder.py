@@ -1,9 +1,12 @@
 """The packed encoder: unpads once, runs lean layers over rows, lets rows leave, and restores the user's order.
 
-It takes the place of a family's encoder module and holds the same layers under the same names. The next chapter is
-:mod:`lightning_compress.runtime.packing`, which puts it there.
+A token that is dropped is a row that leaves before a layer; an example that exits is all its rows leaving after one.
 
-Shape legend: B sequences, T padded length, N rows, D hidden size.
+It takes the place of a family's encoder module and holds the same layers under the same names. Read
+:mod:`lightning_compress.runtime.exits` for examples that leave, then :mod:`lightning_compress.runtime.packing`, which
+puts the encoder there.
+
+Shape legend: B sequences, T padded length, N rows, S sequences that stay, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from lightning_compress.nn.anatomy import Anatomy
 from lightning_compress.nn.dropping import KeepPolicy, real_tokens
+from lightning_compress.nn.exit_policy import ExitPolicy
 from lightning_compress.nn.row_buckets import bucket_of, with_spare_rows
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.ops.compact import compact
 from lightning_compress.runtime.block import LeanLayer
+from lightning_compress.runtime.exits import Departed
 
 __all__ = ["PackedEncoder"]
 
@@ -40,11 +45,11 @@ class PackedEncoder(nn.Module):
     """The family's own layers."""
     policy: nn.Module | None
     """A :class:`~lightning_compress.nn.dropping.KeepPolicy` that decides which rows leave; None drops nothing."""
+    exits: ExitPolicy | None
+    """Lets examples leave after layers, in evaluation; None lets nobody. Not a module: its heads are the model's."""
     first_only: bool
     """Whether only the first (classification) token is read of what comes out, so that only it is computed in the
     last layer and ``last_hidden_state`` is ``[B, 1, D]``."""
-    latest: tuple[Segments, ...]
-    """What entered each layer's attention in the latest forward pass."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__()
@@ -52,9 +57,10 @@ class PackedEncoder(nn.Module):
         family = get_module(model, anatomy.encoder)
         self.layer = cast(nn.ModuleList, family.layer)
         self.register_module("policy", None)
+        self.exits = None
         self.first_only = reads_first_token(model, anatomy)
         self.config = model.config
-        self.latest = ()
+        self._trail: tuple[Segments, ...] = ()
         self._family = (family,)  # in a tuple: not a sub-module
         self._anatomies = anatomy.layers
         self._lean: list[LeanLayer] = []
@@ -66,6 +72,12 @@ class PackedEncoder(nn.Module):
         family = self._family[0]
         family.training = self.training
         return family
+
+    @property
+    def latest(self) -> tuple[Segments, ...]:
+        """What entered each layer's attention in the latest forward pass; no rows of examples that had left."""
+        num_examples = self._trail[0].num_sequences if self._trail else 0
+        return tuple(segments.of_batch(num_examples) for segments in self._trail)
 
     @torch.compiler.disable  # shapes depend on values: tracing would break at every step, and gain nothing
     def forward(
@@ -89,18 +101,27 @@ class PackedEncoder(nn.Module):
         _refuse(self.config, kwargs)
         hidden_ND, segments = self._unpad(hidden_states, attention_mask)
         trail: list[Segments] = []
+        gone = Departed(self.first_only)
         policy = cast(KeepPolicy | None, self.policy)
+        exits = None if self.training or self.exits is None else self.exits
+        if exits is not None:
+            exits.start(segments)
         lean = self._blocks()
         for index, block in enumerate(lean):
-            if policy is not None:
+            is_last = index == len(lean) - 1
+            if policy is not None and segments.num_rows:
                 keep_N = policy.decide(index, hidden_ND[: segments.num_rows], segments)
                 hidden_ND, segments = _drop(hidden_ND, segments, keep_N)
             trail.append(segments)
-            is_last = index == len(lean) - 1
+            if gone.are_all(segments):
+                continue
             queries_B = segments.firsts_B if self.first_only and is_last else None
             hidden_ND = _run(block, hidden_ND, segments, queries_B)
-        self.latest = tuple(trail)
-        output = hidden_ND[:, None] if self.first_only else _restore(hidden_ND, segments, hidden_states.shape)
+            if exits is not None and not is_last and segments.num_sequences:
+                stay_B = exits.check(index, hidden_ND[: segments.num_rows], segments)
+                hidden_ND, segments = gone.let_leave(hidden_ND, segments, stay_B)
+        self._trail = tuple(trail)
+        output = gone.put_back(hidden_ND, segments, hidden_states.shape)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, output))
 
     def _unpad(self, hidden_BTD: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Segments]:
@@ -124,7 +145,7 @@ class PackedEncoder(nn.Module):
         return self._lean
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "latest": (), "_lean": []}
+        return {**self.__dict__, "_trail": (), "_lean": []}
 
 
 def reads_first_token(model: PreTrainedModel, anatomy: Anatomy) -> bool:
@@ -187,11 +208,3 @@ def _run(block: LeanLayer, hidden_ND: Tensor, segments: Segments, queries_B: Ten
         run = partial(block, segments=segments, queries_B=queries_B)
         return layer._gradient_checkpointing_func(run, hidden_ND)
     return block(hidden_ND, segments, queries_B)
-
-
-def _restore(hidden_ND: Tensor, segments: Segments, shape_BTD: torch.Size) -> Tensor:
-    hidden_ND = hidden_ND[: segments.num_rows]
-    if segments.num_rows == shape_BTD[0] * shape_BTD[1]:
-        return hidden_ND.view(shape_BTD)
-    empty = hidden_ND.new_zeros((shape_BTD[0] * shape_BTD[1], shape_BTD[2]))
-    return empty.index_copy(0, segments.origin_N, hidden_ND).view(shape_BTD)

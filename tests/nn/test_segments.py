@@ -95,3 +95,32 @@ def test_an_empty_batch_has_no_rows() -> None:
     segments = Segments.of(torch.zeros(0, 4, dtype=torch.bool))
     assert (segments.num_rows, segments.num_sequences, segments.offsets) == (0, 0, [0])
     assert segment_softmax(torch.zeros(0), segments).shape == (0,)
+
+
+def test_sequences_that_left_are_counted_only_as_part_of_the_whole_batch() -> None:
+    real = mask(3, 1, 5, 2)
+    segments = Segments.of(real, real)
+    assert segments.examples_B.tolist() == [0, 1, 2, 3] and segments.of_batch(4) is segments
+    for stay in ([0, 2], [3], [1, 2, 3], []):
+        rows = torch.isin(segments.sequence_N, torch.tensor(stay)).nonzero().squeeze(1)
+        lengths = [segments.lengths_B.tolist()[b] if b in stay else 0 for b in range(4)]
+        offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+        left = segments.select(rows, offsets).of_sequences(torch.tensor(stay, dtype=torch.long))
+        assert left.num_sequences == len(stay) and left.examples_B.tolist() == stay
+        assert left.lengths_B.tolist() == [lengths[b] for b in stay]
+        assert left.sequence_N.tolist() == [place for place, b in enumerate(stay) for _ in range(lengths[b])]
+        assert left.origin_N.tolist() == segments.origin_N[rows].tolist()
+        assert left.protected_N.tolist() == [True] * len(rows)
+        assert left.of_batch(4).lengths_B.tolist() == lengths
+
+
+def test_numbers_of_examples_are_kept_when_others_leave_later_and_when_rows_leave() -> None:
+    segments = Segments.of(mask(2, 2, 2))
+    later = segments.select(torch.tensor([2, 3, 4, 5]), torch.tensor([0, 0, 2, 4])).of_sequences(
+        torch.tensor([1, 2])
+    )
+    last = later.select(torch.tensor([2]), torch.tensor([0, 0, 1])).of_sequences(torch.tensor([1]))
+    assert (last.examples_B.tolist(), last.origin_N.tolist()) == ([2], [4])
+    assert last.of_batch(3).lengths_B.tolist() == [0, 0, 1]
+    dropped = later.select(torch.tensor([0, 2]), torch.tensor([0, 1, 2]))
+    assert (dropped.examples_B.tolist(), dropped.origin_N.tolist()) == ([1, 2], [2, 4])
