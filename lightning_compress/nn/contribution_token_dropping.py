@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress.nn.row_buckets import with_spare_rows
 from lightning_compress.nn.segments import Segments, segment_softmax
-from lightning_compress.nn.tape import Tape
+from lightning_compress.nn.tape import Tape, TokensKept
 
 __all__ = [
     "ContributionPolicy",
@@ -251,6 +251,7 @@ class SoftContributionPolicy(ContributionPolicy):
         bias_BT = state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
         self.tape.write(KeyBias(layer, bias_BT, state.threshold_bias_BT))
         self.tape.write(ExpectedTokens(layer, state.threshold_survival_BT.sum(dim=1)))
+        self.tape.write(TokensKept(layer, state.survival_BT.detach()))
         return bias_BT
 
     def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:

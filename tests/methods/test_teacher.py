@@ -1,0 +1,129 @@
+"""Teachers of every origin: where they come from, what is kept of them, and that nothing of a student reaches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertForMaskedLM, BertForTokenClassification, BertModel
+
+from lightning_compress.methods.teacher import Teacher, check_same_task, load_teacher, snapshot
+from lightning_compress.nn.layer_taps import LayerTaps
+from tests.toys import ToyTexts, tiny_bert
+
+
+def ids() -> Tensor:
+    return torch.stack([ToyTexts()[row]["input_ids"] for row in range(4)])
+
+
+def said(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(ids())[0]
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_the_students_earlier_self_stays_what_it_was() -> None:
+    student, teacher = tiny_bert(), Teacher("self")
+    teacher.open(student)
+    assert teacher.model is None
+    teacher.settle(student)
+    before = said(student)
+    shaken(student)
+    assert torch.equal(said(teacher.on(torch.device("cpu"))), before) and not torch.equal(
+        said(student), before
+    )
+
+
+def test_a_teacher_rests_in_evaluation_and_learns_nothing() -> None:
+    given = tiny_bert(hidden_dropout_prob=0.5).train()
+    teacher = Teacher("module", given=given)
+    teacher.open(tiny_bert())
+    assert teacher.model is not None and teacher.model is not given and given.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
+    assert all(p.requires_grad for p in given.parameters())
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForTokenClassification, BertForMaskedLM])
+def test_a_folder_is_opened_with_the_students_kind_of_head(kind: Any, tmp_path: Path) -> None:
+    saved = shaken(kind(tiny_bert().config)).eval()
+    saved.save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path))
+    teacher.open(kind(tiny_bert().config))
+    assert type(teacher.model) is kind
+    assert torch.equal(said(teacher.model), said(saved))
+
+
+def test_a_folder_without_the_weights_of_the_head_is_refused(tmp_path: Path) -> None:
+    BertModel(tiny_bert().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"was not fine-tuned.*classifier.weight"):
+        Teacher(str(tmp_path)).open(tiny_bert())
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere' cannot be loaded \(there is no such folder\)"):
+        load_teacher(str(tmp_path / "nowhere"))
+
+
+def test_the_state_brings_the_earlier_self_back_bit_by_bit(tmp_path: Path) -> None:
+    teacher = Teacher("self")
+    teacher.settle(shaken(tiny_bert()))
+    torch.save(teacher.state_dict(), tmp_path / "state.pt")
+    again = Teacher("self")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), tiny_bert(seed=5))
+    assert again.model is not None and teacher.model is not None
+    assert torch.equal(said(again.model), said(teacher.model))
+
+
+def test_a_state_from_before_the_snapshot_takes_it_back() -> None:
+    teacher = Teacher("self")
+    before = teacher.state_dict()
+    teacher.settle(tiny_bert())
+    teacher.load_state_dict(before, tiny_bert())
+    assert teacher.model is None
+
+
+def test_the_weights_of_a_teacher_from_elsewhere_are_not_in_the_state() -> None:
+    teacher = Teacher("module", given=tiny_bert())
+    teacher.open(tiny_bert())
+    assert teacher.state_dict() == {"weights": None}
+
+
+def test_a_snapshot_is_read_by_taps_of_its_own() -> None:
+    student = tiny_bert()
+    taps = LayerTaps.of(student)
+    twin = snapshot(student)
+    assert LayerTaps.on(twin) is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+    said(twin)
+    assert taps.latest == {}
+    own = LayerTaps.of(twin)
+    said(twin)
+    assert sorted(own.latest) == [-1, 0, 1] and taps.latest == {}
+
+
+def test_a_teacher_must_agree_in_what_is_asked_for() -> None:
+    other = tiny_bert(vocab_size=30, num_labels=3)
+    for name, message in (
+        ("vocab_size", "30 tokens in its vocabulary, the model 40"),
+        ("num_labels", "3 labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_task("x", other, tiny_bert(), [name])
+    check_same_task("x", other, tiny_bert(), ["model_type"])
+
+
+def test_two_teachers_are_refused_and_a_missing_one_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="two teachers"):
+        Teacher("self", given=tiny_bert())
+    with pytest.raises(ValueError, match=r"as Distillation\(teacher_model="):
+        Teacher("module").open(tiny_bert())
