@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,11 @@ __all__ = [
     "get_module",
     "is_linear",
     "linear_shape",
+    "names_of",
     "new_linear",
     "remove_hook",
     "replace_module",
+    "tie",
     "unwrap_adapter",
 ]
 
@@ -92,6 +94,26 @@ def remove_hook(root: nn.Module, hook: Callable[..., Any]) -> int:
                 for table in (kind, *_HOOK_FLAGS[kind]):
                     getattr(module, table).pop(key, None)
     return removed
+
+
+def names_of(root: nn.Module, parameter: object) -> tuple[str, ...]:
+    """Return the names under which a parameter is found in ``root``; more than one where weights are tied."""
+    return tuple(name for name, p in root.named_parameters(remove_duplicate=False) if p is parameter)
+
+
+def tie(root: nn.Module, names: Sequence[str]) -> None:
+    """Make the parameters of these names one, the first.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> tie(model, ["0.weight", "1.weight"])
+        >>> names_of(model, model[0].weight)
+        ('0.weight', '1.weight')
+    """
+    shared = root.get_parameter(names[0])
+    for name in names[1:]:
+        owner, _, own = name.rpartition(".")
+        setattr(get_module(root, owner), own, shared)
 
 
 def unwrap_adapter(root: nn.Module, path: str) -> str:

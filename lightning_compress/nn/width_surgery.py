@@ -11,16 +11,21 @@ Paper: COST-EFF (arXiv 2210.15523), Figure 2 and official code, see the shapes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lightning_compress.nn.anatomy import LayerAnatomy, describe
+from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe, find_transformer
+from lightning_compress.nn.factored_embedding import check_embedding_rank, factor_embedding
 from lightning_compress.nn.linear_slices import slice_at
 from lightning_compress.nn.surgery import Ledger
+from lightning_compress.plan import PlanError
 
-__all__ = ["Widths", "apply_widths", "slice_heads", "slice_neurons"]
+__all__ = ["Widths", "apply_widths", "restore_widths", "slice_heads", "slice_neurons"]
+
+_FIELDS = {"heads", "neurons", "embedding_rank", "hidden"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,20 @@ class Widths:
         """
         return cls((None,) * num_layers, (None,) * num_layers)
 
+    def to_structure(self) -> dict[str, Any]:
+        """Return what a plan needs to know: ids of heads, numbers of everything else, as plain JSON values.
+
+        Example:
+            >>> Widths(heads=((0, 2), None), neurons=((1, 4, 7), None), embedding_rank=16).to_structure()
+            {'heads': [[0, 2], None], 'neurons': [3, None], 'embedding_rank': 16, 'hidden': None}
+        """
+        return {
+            "heads": [None if kept is None else list(kept) for kept in self.heads],
+            "neurons": [None if kept is None else len(kept) for kept in self.neurons],
+            "embedding_rank": self.embedding_rank,
+            "hidden": None if self.hidden is None else len(self.hidden),
+        }
+
 
 def slice_heads(model: nn.Module, layer: int, keep: Sequence[int], ledger: Ledger | None = None) -> None:
     """Keep these attention heads of one layer: rows of query, key and value, columns of the output.
@@ -66,7 +85,7 @@ def slice_heads(model: nn.Module, layer: int, keep: Sequence[int], ledger: Ledge
     if anatomy.attention is None:
         raise ValueError(f"layer {layer} of {type(model).__name__} has no attention heads")
     _check_kept("heads", layer, keep, anatomy.num_key_value_heads)
-    _slice_heads(ledger or Ledger(model), anatomy, keep)
+    _slice_heads(Ledger(model) if ledger is None else ledger, anatomy, keep)
 
 
 def slice_neurons(model: nn.Module, layer: int, keep: Sequence[int], ledger: Ledger | None = None) -> None:
@@ -85,7 +104,7 @@ def slice_neurons(model: nn.Module, layer: int, keep: Sequence[int], ledger: Led
     if not any(slot.role == "ffn_in" for slot in anatomy.linears):
         raise ValueError(f"layer {layer} of {type(model).__name__} has no FFN")
     _check_kept("neurons", layer, keep, anatomy.intermediate_size)
-    _slice_neurons(ledger or Ledger(model), anatomy, keep)
+    _slice_neurons(Ledger(model) if ledger is None else ledger, anatomy, keep)
 
 
 def apply_widths(model: nn.Module, widths: Widths, ledger: Ledger) -> None:
@@ -99,13 +118,69 @@ def apply_widths(model: nn.Module, widths: Widths, ledger: Ledger) -> None:
     Raises:
         ValueError: If the widths do not fit the model; nothing has been changed then.
     """
-    layers = describe(model).layers
     _check(model, widths)
-    for anatomy, heads, neurons in zip(layers, widths.heads, widths.neurons, strict=True):
+    _cut(model, widths, ledger, decompose=True)
+
+
+def restore_widths(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
+    """Give a fresh, possibly meta-device model the widths of a plan; weights are to be loaded next.
+
+    Args:
+        model: A transformers model of a known family, or a module that holds one.
+        structure: :meth:`Widths.to_structure` of what was applied.
+
+    Returns:
+        The ledger, for the transformers model.
+
+    Raises:
+        PlanError: If the structure does not fit the model; nothing has been changed then.
+    """
+    inner = find_transformer(model)[1]
+    try:
+        widths = _read_structure(describe(inner), structure)
+        _check(inner, widths)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the plan's widths do not fit the model: {error}") from error
+    ledger = Ledger(inner)
+    _cut(inner, widths, ledger, decompose=False)
+    return ledger
+
+
+def _cut(model: nn.Module, widths: Widths, ledger: Ledger, *, decompose: bool) -> None:
+    for anatomy, heads, neurons in zip(describe(model).layers, widths.heads, widths.neurons, strict=True):
         if heads is not None:
             _slice_heads(ledger, anatomy, heads)
         if neurons is not None:
             _slice_neurons(ledger, anatomy, neurons)
+    if widths.embedding_rank is not None:
+        factor_embedding(model, widths.embedding_rank, ledger, decompose=decompose)
+
+
+def _read_structure(anatomy: Anatomy, structure: Mapping[str, Any]) -> Widths:
+    """Return widths with as many indices as the plan counts: which ones does not matter for shapes."""
+    if set(structure) != _FIELDS:
+        raise ValueError(f"expected the fields {sorted(_FIELDS)}, got {sorted(structure)}")
+    heads, neurons = structure["heads"], structure["neurons"]
+    for ids in (heads, neurons):
+        if not isinstance(ids, list) or len(ids) != len(anatomy.layers):
+            raise ValueError(f"heads and neurons need a list of {len(anatomy.layers)} entries, got {ids!r}")
+    if not all(ids is None or (isinstance(ids, list) and all(type(i) is int for i in ids)) for ids in heads):
+        raise TypeError(f"heads must be lists of whole numbers or null, got {heads!r}")
+    sizes = [layer.intermediate_size for layer in anatomy.layers]
+    return Widths(
+        heads=tuple(None if ids is None else tuple(ids) for ids in heads),
+        neurons=tuple(_first(count, size, "neurons") for count, size in zip(neurons, sizes, strict=True)),
+        embedding_rank=structure["embedding_rank"],
+        hidden=_first(structure["hidden"], anatomy.hidden_size, "hidden"),
+    )
+
+
+def _first(count: Any, size: int, name: str) -> tuple[int, ...] | None:
+    if count is None:
+        return None
+    if type(count) is not int or not 1 <= count <= size:
+        raise ValueError(f"{name} must be null or whole numbers from 1 to {size}, got {count!r}")
+    return tuple(range(count))
 
 
 def _slice_heads(ledger: Ledger, layer: LayerAnatomy, keep: Sequence[int]) -> None:
@@ -162,6 +237,8 @@ def _check(model: nn.Module, widths: Widths) -> None:
             _check_kept("heads", anatomy.index, heads, anatomy.num_key_value_heads)
         if neurons is not None:
             _check_kept("neurons", anatomy.index, neurons, anatomy.intermediate_size)
+    if widths.embedding_rank is not None:
+        check_embedding_rank(model, widths.embedding_rank)
 
 
 def _check_kept(what: str, layer: int, keep: Sequence[int], count: int) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
+from lightning_compress import load
+from lightning_compress.deploy.save import attach_plan
+from lightning_compress.methods import METHODS
 from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import Ledger, dense_weight, get_module
-from lightning_compress.nn.width_surgery import Widths, apply_widths, slice_heads, slice_neurons
+from lightning_compress.nn.width_surgery import (
+    Widths,
+    apply_widths,
+    restore_widths,
+    slice_heads,
+    slice_neurons,
+)
+from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 
 CLASSIFIERS = [
     ("bert", "BertForSequenceClassification"),
@@ -172,3 +188,104 @@ def test_layers_without_heads_or_ffn_say_so(tiny) -> None:
         slice_neurons(model, 0, [0])
     with pytest.raises(ValueError, match="layer=2 is outside the model's layers, 0 to 1"):
         slice_neurons(model, 2, [0])
+
+
+def some_widths(model: nn.Module) -> Widths:
+    groups = describe(model).layers[0].num_key_value_heads
+    return Widths(heads=((groups - 1,), None), neurons=(None, (3, 5, 40)), embedding_rank=5)
+
+
+LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS + LANGUAGE_MODELS)
+def test_a_plan_rebuilds_the_shapes_and_weights_make_the_rest(tiny, model_type, name, device) -> None:
+    model = lively(tiny(model_type, name))
+    fresh = copy.deepcopy(model).to(device)
+    widths = some_widths(model)
+    apply_widths(model, widths, Ledger(model))
+    restore_widths(fresh, json.loads(json.dumps(widths.to_structure())))
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in fresh.state_dict().items()} == shapes
+    assert describe(fresh) == describe(model)
+    fresh.load_state_dict(model.state_dict(), assign=device == "meta")
+    fresh.tie_weights()
+    assert device == "meta" or torch.equal(logits(fresh.eval()), logits(model))
+
+
+@pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS + LANGUAGE_MODELS)
+def test_a_saved_model_opens_in_transformers_and_computes_the_same(
+    tiny, model_type, name, tmp_path, monkeypatch
+) -> None:
+    if "width_slimming" not in METHODS:
+        monkeypatch.setitem(METHODS, "width_slimming", SimpleNamespace(restore=restore_widths))
+    model, widths = lively(tiny(model_type, name)), some_widths(tiny(model_type, name))
+    model.config._attn_implementation = "sdpa"
+    apply_widths(model, widths, Ledger(model))
+    record = MethodRecord("width_slimming", "converted", {}, widths.to_structure())
+    attach_plan(model, CompressionPlan(model_type, (record,)))
+    model.save_pretrained(tmp_path)
+    for opened in (load(tmp_path), getattr(transformers, name).from_pretrained(tmp_path)):
+        assert torch.equal(logits(opened), logits(model))
+        assert describe(opened) == describe(model)
+    opened.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert describe(base).layers[0].num_heads == describe(model).layers[0].num_heads
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("heads", [[0, 4], None], "from 0 to 3"),
+        ("heads", [["0"], None], "lists of whole numbers or null"),
+        ("heads", [None], "a list of 2 entries"),
+        ("neurons", [49, None], "from 1 to 48, got 49"),
+        ("neurons", [None, True], "from 1 to 48, got True"),
+        ("neurons", None, "a list of 2 entries"),
+        ("embedding_rank", 33, "outside 1 to 32"),
+        ("embedding_rank", "8", "outside 1 to 32"),
+        ("hidden", 0, "from 1 to 32, got 0"),
+        ("more", 1, "expected the fields"),
+    ],
+)
+def test_impossible_plans_are_refused_before_anything_changes(tiny, field, value, message) -> None:
+    model = tiny("bert", "BertModel")
+    before = describe(model)
+    structure = {**Widths.full(2).to_structure(), "neurons": [3, None], field: value}
+    with pytest.raises(PlanError, match=message):
+        restore_widths(model, structure)
+    assert describe(model) == before
+
+
+# Table of the specification, §1.3: heads, neurons, embedding rank -> millions of parameters and GMAC at 128 tokens
+SIZES = [
+    (8, 2048, 512, 73.16, 7.50),
+    (8, 1024, 512, 54.27, 5.08),
+    (6, 1536, 384, 54.98, 5.63),
+    (4, 1024, 256, 36.81, 3.75),
+    (4, 512, 256, 27.37, 2.54),
+    (3, 768, 192, 27.73, 2.81),
+    (2, 512, 128, 18.64, 1.88),
+    (2, 256, 128, 13.92, 1.27),
+]
+
+
+@pytest.mark.parametrize(("heads", "neurons", "rank", "millions", "gmacs"), SIZES)
+def test_bert_base_shrinks_to_the_sizes_of_the_paper(heads, neurons, rank, millions, gmacs) -> None:
+    with torch.device("meta"):
+        model = BertModel(BertConfig(), add_pooling_layer=False)
+        exits = nn.ModuleList(nn.Linear(768, 2) for _ in range(12))
+    widths = Widths((tuple(range(heads)),) * 12, (tuple(range(neurons)),) * 12, rank)
+    apply_widths(model, widths, Ledger(model))
+    total = count_parameters(model).total + sum(parameter.numel() for parameter in exits.parameters())
+    width = 64 * heads
+    attention = 3 * (768 * width + width) + 768 * width + 768
+    layer = attention + 768 * neurons + neurons + neurons * 768 + 768 + 4 * 768
+    embeddings = 30522 * rank + rank * 768 + (512 + 2 + 2) * 768
+    assert total == 12 * layer + embeddings + 12 * (768 * 2 + 2)
+    assert round(total / 1e6, 2) == millions
+    macs = 12 * 128 * (4 * 768 * width + 2 * 768 * neurons + 2 * 128 * width) + 128 * rank * 768
+    assert count_flops(model, [128]).total == 2 * macs
+    assert macs / 1e9 == pytest.approx(gmacs, abs=0.01)
