@@ -46,7 +46,7 @@ class ExitPolicy(Protocol):
     def check(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
         """Return which examples stay, bool ``[B]``; None if all do. The logits of those that leave are remembered.
 
-        Arguments are those of :meth:`look`; ``layer`` may be one without an exit.
+        Arguments are those of :meth:`look`; ``layer`` may be one without an exit, or one the rule does not ask.
         """
         ...
 
@@ -75,7 +75,7 @@ class ExitRule(nn.Module):
 
     threshold: Tensor
     is_checked_K: Tensor
-    """Which exits are asked, bool, in the order of :attr:`layers`."""
+    """Which exits are worth asking, bool, in the order of :attr:`layers`; a rule that looks back asks all."""
 
     def __init__(self, layers: Sequence[int], threshold: float | None = None) -> None:
         super().__init__()
@@ -98,15 +98,21 @@ class ExitRule(nn.Module):
             )
         return float(threshold)
 
+    def asked_layers(self) -> list[int]:
+        """Return the layers after which somebody might leave, so that the exit there has to be run."""
+        if float(self.threshold) == self.off:
+            return []
+        if self.looks_back:
+            return list(self.layers)
+        return [layer for layer, asked in zip(self.layers, self.is_checked_K.tolist(), strict=True) if asked]
+
     def start(self, batch_size: int, device: torch.device | str) -> None:
         """Begin a pass over some examples, none of which has met an exit; the threshold is read once."""
         del batch_size, device
-        where = {layer for layer, asked in zip(self.layers, self.is_checked_K.tolist(), strict=True) if asked}
-        threshold = float(self.threshold)
-        self._now = threshold, frozenset(() if threshold == self.off else where)
+        self._now = float(self.threshold), frozenset(self.asked_layers())
 
     def is_asked(self, layer: int) -> bool:
-        """Whether somebody might leave after ``layer`` in this pass, so that its exit has to be run."""
+        """Whether ``layer`` is among :meth:`asked_layers` of this pass."""
         return layer in self._current()[1]
 
     def leaves(self, layer: int, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:

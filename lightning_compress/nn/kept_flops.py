@@ -1,4 +1,4 @@
-"""What an encoder costs when tokens leave it on the way: FLOPs of each example from the tokens each layer keeps.
+"""What an encoder costs when tokens or examples leave it on the way: FLOPs from the tokens each layer keeps.
 
 The companion of :mod:`lightning_compress.nn.flops`, which counts models that keep every token, and equal to it when
 nothing leaves. The next chapter is :mod:`lightning_compress.metrics`, which adds such counts up over a data set.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe
+from lightning_compress.nn.exit_policy import ExitPolicy
 from lightning_compress.nn.flops import flops_per_token
 from lightning_compress.nn.surgery import get_module
 
@@ -29,7 +30,10 @@ _SLACK = 1e-3  # soft counts are sums of many rounded weights
 
 @dataclass(frozen=True)
 class DroppingCosts:
-    """What one example of a token-dropping encoder costs, as a formula in its kept tokens; FLOPs are 2 MACs."""
+    """What one example costs that tokens leave, or that leaves early itself, as a formula in its kept tokens.
+
+    FLOPs are 2 MACs. An example that left keeps 0 tokens from then on, and costs nothing more in the layers.
+    """
 
     kept: tuple[int, ...]
     """Of each layer, per token that enters its attention."""
@@ -40,9 +44,13 @@ class DroppingCosts:
     embedded: int
     """Per token of the input: projections of narrow or factorised embeddings."""
     once: int
-    """Per example: pooler, task head, and with ``last_layer="first"`` what only the first token needs."""
+    """Per example, also of those that left early: pooler and task head."""
     last_layer: LastLayer
     """Whose queries the last layer computes; its ``pair`` is then per key."""
+    last: int = 0
+    """Per example that reaches the last layer: with ``last_layer="first"``, what only the first token needs."""
+    exits: tuple[int, ...] = ()
+    """Of the exit after each layer, per example that the layer ran on; empty where there is none."""
 
     @classmethod
     def of(
@@ -50,6 +58,7 @@ class DroppingCosts:
         model: nn.Module,
         *,
         policy_flops_per_token: int | Sequence[int] | None = None,
+        exit_flops: int | Sequence[int] | None = None,
         last_layer: LastLayer = "all",
     ) -> DroppingCosts:
         """Read the costs off a model, as it is now. Arguments and errors are those of :func:`count_kept_flops`."""
@@ -62,11 +71,10 @@ class DroppingCosts:
                 "output per sequence: count this model with lightning_compress.nn.count_flops"
             )
         kept = [_linear_flops(model, layer) for layer in anatomy.layers]
-        once = sum(flops_per_token(get_module(model, path)) for path in _once_per_sequence(anatomy))
+        last = 0
         if last_layer == "first":
             keys_and_values = _linear_flops(model, anatomy.layers[-1], roles=("key", "value"))
-            once += kept[-1] - keys_and_values
-            kept[-1] = keys_and_values
+            last, kept[-1] = kept[-1] - keys_and_values, keys_and_values
         projections = [anatomy.embeddings, anatomy.embedding_projection]
         return cls(
             kept=tuple(kept),
@@ -75,28 +83,32 @@ class DroppingCosts:
             embedded=sum(
                 flops_per_token(get_module(model, path)) for path in projections if path is not None
             ),
-            once=once,
+            once=sum(flops_per_token(get_module(model, path)) for path in _once_per_sequence(anatomy)),
             last_layer=last_layer,
+            last=last,
+            exits=_exit_costs(model, anatomy, exit_flops),
         )
 
     def flops(self, kept_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """Return the FLOPs of each example, ``[B]``, without checking the counts: for use in every training step.
 
         Args:
-            kept_BL: Tokens that enter each layer's attention; whole or expected numbers.
+            kept_BL: Tokens that enter each layer's attention; whole or expected numbers, 0 after an example has left.
             lengths_B: Tokens of each example before the first layer.
         """
         dtype = torch.float32 if kept_BL.device.type == "mps" else torch.float64
         kept_BL, lengths_B = kept_BL.to(dtype), lengths_B.to(kept_BL.device, dtype)
-        there_BL = torch.cat([lengths_B[:, None], kept_BL[:, :-1]], dim=1)
+        is_here_BL = (kept_BL > 0).to(dtype)
+        there_BL = torch.cat([lengths_B[:, None], kept_BL[:, :-1]], dim=1) * is_here_BL
         queries_BL = kept_BL
         if self.last_layer == "first":
-            queries_BL = torch.cat([kept_BL[:, :-1], torch.ones_like(kept_BL[:, -1:])], dim=1)
+            queries_BL = torch.cat([kept_BL[:, :-1], is_here_BL[:, -1:]], dim=1)
         kept_L, pair_L, scored_L = (
             kept_BL.new_tensor(costs) for costs in (self.kept, self.pair, self.scored)
         )
         layers_BL = kept_BL * kept_L + queries_BL * kept_BL * pair_L + there_BL * scored_L
-        return layers_BL.sum(dim=1) + lengths_B * self.embedded + self.once
+        flops_B = layers_BL.sum(dim=1) + is_here_BL[:, -1] * self.last + lengths_B * self.embedded + self.once
+        return flops_B + is_here_BL @ kept_BL.new_tensor(self.exits) if self.exits else flops_B
 
 
 def count_kept_flops(
@@ -105,23 +117,28 @@ def count_kept_flops(
     lengths_B: Tensor,
     *,
     policy_flops_per_token: int | Sequence[int] | None = None,
+    exit_flops: int | Sequence[int] | None = None,
     last_layer: LastLayer = "all",
 ) -> Tensor:
-    """Count the FLOPs (2 MACs) of each example of an encoder that tokens leave.
+    """Count the FLOPs (2 MACs) of each example of an encoder that tokens leave, or examples.
 
     Per layer and kept token ``2 * in * out`` for each linear (or its own ``flops_per_token``); per layer with n kept
-    tokens ``4 * n^2 * heads * head_dim``; the policy's scores at the tokens that are there *before* removal; pooler
-    and head once. With every token kept and no policy this equals :func:`~lightning_compress.nn.flops.count_flops`.
+    tokens ``4 * n^2 * heads * head_dim``; the policy's scores at the tokens that are there *before* removal; each exit
+    that was asked once; pooler and head once, also for examples that left early, as the packed engine runs them. With
+    every token kept, no policy and no exits this equals :func:`~lightning_compress.nn.flops.count_flops`.
     Differentiable in ``kept_BL``, so that expected counts can be driven to a target; a loop that counts every step
     builds :class:`DroppingCosts` once.
 
     Args:
         model: A transformers encoder of a known family with one output per sequence; may be on the meta device.
         kept_BL: Tokens that enter the attention of each layer, after removal at that layer; the classification
-            token counts. Whole numbers, or expected ones while training.
+            token counts. Whole numbers, or expected ones while training; 0 in all layers after an example has left
+            by an exit.
         lengths_B: Tokens of each example before the first layer, padding not included.
         policy_flops_per_token: What scoring one token costs, for all layers or for each one. Default: what the
             encoder's ``policy`` says in ``flops_per_token_of(layer)``, nothing where there is no policy.
+        exit_flops: What asking the exit after a layer costs an example, for all layers or for each one. Default: what
+            the heads of ``model.exits`` cost, and the rule, where the packed encoder's ``exits`` asks them.
         last_layer: ``"all"`` runs the last layer on all kept tokens, as the paper counts. ``"first"`` is what the
             packed engine does for classifiers: keys and values of all kept tokens, everything else of the
             last layer for the first token only.
@@ -132,7 +149,7 @@ def count_kept_flops(
     Raises:
         TypeError: If ``model`` is not a ``PreTrainedModel``.
         ValueError: If the family is unknown or its tokens cannot leave, if shapes do not fit, or if a count is below
-            1, above the length, or larger than in the layer before.
+            1 (where examples can leave: in the first layer), above the length, or larger than in the layer before.
 
     Paper: AdapLeR, FLOPs of the official code.
     Departs from the paper: bias, softmax, norms and activations are not counted (0.2 % of BERT-base at 64 tokens),
@@ -147,8 +164,10 @@ def count_kept_flops(
         >>> count_kept_flops(model, kept_BL, lengths_B=torch.tensor([3, 3])).tolist()
         [6720.0, 4416.0]
     """
-    costs = DroppingCosts.of(model, policy_flops_per_token=policy_flops_per_token, last_layer=last_layer)
-    _check_counts(kept_BL, lengths_B, len(costs.kept))
+    costs = DroppingCosts.of(
+        model, policy_flops_per_token=policy_flops_per_token, exit_flops=exit_flops, last_layer=last_layer
+    )
+    _check_counts(kept_BL, lengths_B, len(costs.kept), can_exit=bool(costs.exits))
     return costs.flops(kept_BL, lengths_B)
 
 
@@ -164,20 +183,41 @@ def _once_per_sequence(anatomy: Anatomy) -> list[str]:
 def _policy_costs(model: nn.Module, anatomy: Anatomy, flops: int | Sequence[int] | None) -> tuple[int, ...]:
     """What scoring a token costs at each layer: as told, or as the encoder's policy says, or nothing."""
     num_layers = len(anatomy.layers)
-    if isinstance(flops, int):
-        return (flops,) * num_layers
     if flops is not None:
-        if len(flops) != num_layers:
-            raise ValueError(
-                f"policy_flops_per_token must be one number or one for each of {num_layers} layers, got {len(flops)}"
-            )
-        return tuple(flops)
+        return _of_each_layer("policy_flops_per_token", flops, num_layers)
     encoder = None if anatomy.encoder is None else get_module(model, anatomy.encoder)
     cost_of = getattr(getattr(encoder, "policy", None), "flops_per_token_of", None)
     return tuple(0 if cost_of is None else int(cost_of(layer)) for layer in range(num_layers))
 
 
-def _check_counts(kept_BL: Tensor, lengths_B: Tensor, num_layers: int) -> None:
+def _exit_costs(model: nn.Module, anatomy: Anatomy, flops: int | Sequence[int] | None) -> tuple[int, ...]:
+    """What asking each exit costs: as told, or what the encoder's exits ask for; empty where there are none."""
+    num_layers = len(anatomy.layers)
+    if flops is not None:
+        return _of_each_layer("exit_flops", flops, num_layers)
+    encoder = None if anatomy.encoder is None else get_module(model, anatomy.encoder)
+    exits: ExitPolicy | None = getattr(encoder, "exits", None)
+    if exits is None:
+        return ()
+    asked, rule = set(exits.rule.asked_layers()), flops_per_token(exits.rule)
+    heads = get_module(model, "exits")
+    return tuple(
+        flops_per_token(get_module(heads, str(layer))) + rule if layer in asked else 0
+        for layer in range(num_layers)
+    )
+
+
+def _of_each_layer(name: str, flops: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    if isinstance(flops, int):
+        return (flops,) * num_layers
+    if len(flops) != num_layers:
+        raise ValueError(
+            f"{name} must be one number or one for each of {num_layers} layers, got {len(flops)}"
+        )
+    return tuple(flops)
+
+
+def _check_counts(kept_BL: Tensor, lengths_B: Tensor, num_layers: int, can_exit: bool) -> None:
     expected = (lengths_B.shape[0] if lengths_B.dim() == 1 else "B", num_layers)
     if lengths_B.dim() != 1 or tuple(kept_BL.shape) != expected:
         raise ValueError(
@@ -186,7 +226,10 @@ def _check_counts(kept_BL: Tensor, lengths_B: Tensor, num_layers: int) -> None:
         )
     kept_BL = kept_BL.detach()
     there_BL = torch.cat([lengths_B[:, None].to(kept_BL), kept_BL[:, :-1]], dim=1)
-    wrong_BL = ~((kept_BL >= 1 - _SLACK) & (kept_BL <= there_BL * (1 + _SLACK)))
+    enough_BL = kept_BL >= 1 - _SLACK
+    if can_exit:
+        enough_BL = torch.cat([enough_BL[:, :1], enough_BL[:, 1:] | (kept_BL[:, 1:] == 0)], dim=1)
+    wrong_BL = ~(enough_BL & (kept_BL <= there_BL * (1 + _SLACK)))
     if bool(wrong_BL.any()):
         sequence, layer = (int(index) for index in wrong_BL.nonzero()[0])
         raise ValueError(

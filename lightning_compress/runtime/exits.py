@@ -37,8 +37,8 @@ class Departed:
     def let_leave(
         self, hidden_ND: Tensor, segments: Segments, stay_B: Tensor | None
     ) -> tuple[Tensor, Segments]:
-        """Move the rows of the examples that stay together, and keep what is wanted of the others."""
-        if stay_B is None or bool(stay_B.all()):
+        """Move the rows of the examples that stay together, and keep what is wanted of the others; None if all stay."""
+        if stay_B is None:
             return hidden_ND, segments
         hidden_ND, keep_N = hidden_ND[: segments.num_rows], stay_B[segments.sequence_N]
         if self._first_only:

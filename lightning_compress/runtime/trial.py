@@ -54,8 +54,8 @@ class DialPoint:
     score: float
     """Accuracy, correlation, or what was asked for; larger is better."""
     flops_ratio: float
-    """FLOPs over those of the model that drops nothing and scores nothing; a ratio of totals over unpadded tokens,
-    with the last layer counted for all kept tokens, as the paper does."""
+    """FLOPs over those of the model that drops nothing, scores nothing and has no exits; a ratio of totals over
+    unpadded tokens, with the last layer counted for all kept tokens, as the paper does."""
     tokens_kept_L: tuple[float, ...]
     """Share of all tokens that enters each layer's attention."""
 
@@ -138,7 +138,7 @@ class Trial:
             check_batch(batch)
         self.score = score or _default_score(self.model)
         self.costs = DroppingCosts.of(self.model)
-        self.dense_costs = DroppingCosts.of(self.model, policy_flops_per_token=0)
+        self.dense_costs = DroppingCosts.of(self.model, policy_flops_per_token=0, exit_flops=0)
 
     @torch.no_grad()
     def at(self, scale: float) -> DialPoint:

@@ -51,3 +51,15 @@ def test_only_patience_looks_back(rule, is_stateful):
 def test_asking_outside_a_pass_says_what_is_missing():
     with pytest.raises(RuntimeError, match=r"call start\(batch_size, device\) first"):
         EntropyRule([0]).leaves(0, SURE, STATES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "asked"), [(EntropyRule([0, 3], 0.5), [0]), (PatienceRule([0, 3], 1), [0, 3])]
+)
+def test_a_rule_that_looks_back_asks_every_exit(rule, asked):
+    rule.is_checked_K[1] = False
+    assert rule.asked_layers() == asked
+    rule.start(1, "cpu")
+    assert [layer for layer in range(5) if rule.is_asked(layer)] == asked
+    rule.threshold.fill_(rule.off)
+    assert rule.asked_layers() == []

@@ -14,6 +14,7 @@ from lightning_compress.nn.kept_flops import DroppingCosts, count_kept_flops
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime import pack, packed_encoder
+from tests.toys_exits import add_exits
 
 ENCODERS = [
     ("bert", "BertForSequenceClassification"),
@@ -201,12 +202,18 @@ def attention_flops(query_BHQE, key_BHKE, value_BHKE, *args, out_shape=None, **k
 
 
 class Halving(nn.Module):
-    """Keeps every other row, at every layer."""
+    """Keeps every other row, at the first layers."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = layers
 
     def protected(self, real_BT: Tensor) -> Tensor:
         return real_BT & (real_BT.cumsum(dim=1) == 1)
 
-    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor:
+    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
+        if layer >= self.layers:
+            return None
         places_N = torch.arange(segments.num_rows) - segments.firsts_B[segments.sequence_N]
         return places_N % 2 == 0
 
@@ -228,4 +235,96 @@ def test_the_packed_engine_runs_as_many_flops_as_are_counted(tiny, model_type, n
     counted_B = count_kept_flops(model, kept_BL, mask_BT.sum(dim=1), last_layer=last_layer)
     # embeddings are computed before the padding leaves
     padding = 3 * DroppingCosts.of(model).embedded
+    assert counter.get_total_flops() == counted_B.sum().item() + padding
+
+
+def with_exits(model: nn.Module, **settings) -> nn.Module:
+    packed_encoder(pack(model)).exits = add_exits(model, **settings)
+    return model
+
+
+def test_an_example_that_left_pays_for_the_layers_and_exits_it_ran_and_for_the_head(tiny):
+    model = with_exits(tiny("bert", "BertForSequenceClassification", num_hidden_layers=4), threshold=0.5)
+    layer, head, asked = 2 * (4 * 32 * 32 + 2 * 32 * 48), 2 * (32 * 32 + 32 * 2), 2 * 32 * 2
+    kept_BL = torch.tensor([[5, 5, 0, 0], [5, 3, 3, 3], [5, 0, 0, 0]])
+    squares = [25 + 25, 25 + 3 * 9, 25]
+    by_hand = [
+        10 * layer + 128 * squares[0] + 2 * asked + head,
+        14 * layer + 128 * squares[1] + 3 * asked + head,
+        5 * layer + 128 * squares[2] + 1 * asked + head,
+    ]
+    lengths_B = torch.tensor([5, 5, 5])
+    assert count_kept_flops(model, kept_BL, lengths_B).tolist() == by_hand
+    told = count_kept_flops(model, kept_BL, lengths_B, exit_flops=[1, 10, 100, 1000])
+    free = count_kept_flops(model, kept_BL[1:2], lengths_B[1:2], exit_flops=0).item()
+    assert free == by_hand[1] - 3 * asked
+    assert told.tolist() == [by_hand[0] - 2 * asked + 11, free + 1111, by_hand[2] - asked + 1]
+
+
+def test_only_exits_that_are_asked_cost_something_and_a_learned_rule_comes_on_top(tiny):
+    model = with_exits(tiny("bert", "BertModel", num_hidden_layers=4), rule="learned", threshold=0.5)
+    rule = packed_encoder(model).exits.rule
+    assert DroppingCosts.of(model).exits == (2 * 32 * 2 + 2 * 32,) * 3 + (0,)
+    rule.is_checked_K[1] = False
+    assert DroppingCosts.of(model).exits == (192, 0, 192, 0)
+    rule.threshold.fill_(rule.off)
+    assert DroppingCosts.of(model).exits == (0, 0, 0, 0)
+
+
+def test_nothing_is_scored_of_examples_that_left_and_their_last_layer_is_free(tiny):
+    model = with_exits(tiny("bert", "BertForSequenceClassification", num_hidden_layers=3), threshold=0.5)
+    lengths_B = torch.tensor([6, 6])
+    gone, there = torch.tensor([[4, 0, 0]]), torch.tensor([[4, 1, 1]])
+    for last_layer in ("all", "first"):
+        costs = [
+            DroppingCosts.of(model, policy_flops_per_token=scored, exit_flops=0, last_layer=last_layer)
+            for scored in (0, 1)
+        ]
+        scores = [
+            (costs[1].flops(kept_BL, lengths_B[:1]) - costs[0].flops(kept_BL, lengths_B[:1])).item()
+            for kept_BL in (gone, there)
+        ]
+        assert scores == [6, 6 + 4 + 1]
+        saved = (costs[0].flops(there, lengths_B[:1]) - costs[0].flops(gone, lengths_B[:1])).item()
+        assert saved == 2 * (2 * (4 * 32 * 32 + 2 * 32 * 48) + 128)
+
+
+def test_examples_leave_for_good_and_only_where_there_are_exits(tiny):
+    model = tiny("bert", "BertModel", num_hidden_layers=3)
+    kept_BL, lengths_B = torch.tensor([[3, 0, 0]]), torch.tensor([4])
+    with pytest.raises(ValueError, match="keeps 0 of 3 at layer 1"):
+        count_kept_flops(model, kept_BL, lengths_B)
+    with_exits(model)
+    assert count_kept_flops(model, kept_BL, lengths_B).item() > 0
+    for wrong, message in (
+        ([[0, 0, 0]], "keeps 0 of 4 at layer 0"),
+        ([[3, 0, 1]], "keeps 1 of 0 at layer 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            count_kept_flops(model, torch.tensor(wrong), lengths_B)
+
+
+@pytest.mark.parametrize(("model_type", "name"), ENCODERS)
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_packed_engine_with_exits_runs_as_many_flops_as_are_counted(tiny, model_type, name, drops):
+    depth = {"n_layers": 4} if model_type == "distilbert" else {"num_hidden_layers": 4}
+    model = with_exits(tiny(model_type, name, **depth), threshold=0.5)
+    encoder = packed_encoder(model)
+    assert encoder is not None
+    encoder.policy = Halving() if drops else None
+    encoder.exits.rule.measure = lambda layer, logits_BC, hidden_BD: (
+        torch.arange(len(logits_BC)) % 3
+    )  # 0 leaves
+    lengths = [21, 20, 16, 18, 13, 15, 17, 9]  # the kernel fills up no keys of these
+    mask_BT = (torch.arange(21) < torch.tensor(lengths)[:, None]).long()
+    ids_BT = torch.randint(2, 50, (8, 21), generator=torch.Generator().manual_seed(3))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={kernel: attention_flops})
+    with counter, torch.no_grad():
+        model(input_ids=ids_BT, attention_mask=mask_BT)
+    kept_BL = torch.stack([segments.lengths_B for segments in encoder.latest], dim=1)
+    assert (kept_BL > 0).sum(dim=0).tolist() == [8, 5, 3, 2]
+    last_layer = "first" if encoder.first_only else "all"
+    counted_B = count_kept_flops(model, kept_BL, mask_BT.sum(dim=1), last_layer=last_layer)
+    padding = int((1 - mask_BT).sum()) * DroppingCosts.of(model).embedded
     assert counter.get_total_flops() == counted_B.sum().item() + padding
