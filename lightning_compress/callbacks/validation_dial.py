@@ -19,7 +19,7 @@ from lightning_compress.methods import MethodConfig
 from lightning_compress.runtime.dial import DialPoint, choose_threshold_scale, set_threshold_scale
 from lightning_compress.runtime.trial import check_batch
 
-__all__ = ["TokenDroppingCallback", "check_validation", "choose_on_validation_data"]
+__all__ = ["TokenDroppingCallback", "check_validation", "choose_on_validation_data", "validation_batches"]
 
 
 class TokenDroppingCallback(CompressionCallback):
@@ -58,7 +58,9 @@ class TokenDroppingCallback(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there will be data to choose on."""
         if stage == "fit" and self.max_drop is not None:
-            check_validation(trainer, self.max_drop)
+            check_validation(
+                trainer, f"max_drop={self.max_drop}", "choose_threshold_scale(model, batches, max_drop=...)"
+            )
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -77,17 +79,22 @@ class TokenDroppingCallback(CompressionCallback):
             self.chosen = choose_on_validation_data(trainer, pl_module, self.max_drop)
 
 
-def check_validation(trainer: Trainer, max_drop: float) -> None:
-    """Refuse a run without the validation data on which the scale is to be chosen.
+def check_validation(trainer: Trainer, goal: str, instead: str) -> None:
+    """Refuse a run without the validation data on which a threshold is to be chosen.
+
+    Args:
+        trainer: The trainer, in setup.
+        goal: The argument that asks for it, such as ``"max_drop=0.01"``.
+        instead: What of ``lightning_compress`` can be called after training.
 
     Raises:
         ValueError: If there is no validation loader, no ``validation_step``, or no validation batches are allowed.
     """
     if not trainer.enable_validation:
         raise ValueError(
-            f"max_drop={max_drop} is measured on validation data when training ends, but the run has none: give fit a "
-            "validation loader and the module a validation_step, leave limit_val_batches above 0, or leave max_drop "
-            "out and call lightning_compress.choose_threshold_scale(model, batches, max_drop=...) afterwards"
+            f"{goal} is measured on validation data when training ends, but the run has none: give fit a validation "
+            f"loader and the module a validation_step, leave limit_val_batches above 0, or leave {goal.split('=')[0]} "
+            f"out and call lightning_compress.{instead} afterwards"
         )
 
 
@@ -107,7 +114,7 @@ def choose_on_validation_data(trainer: Trainer, module: LightningModule, max_dro
     chosen = None
     if trainer.is_global_zero:
         with trainer.precision_plugin.forward_context():
-            chosen = choose_threshold_scale(model, _batches(trainer), max_drop=max_drop)
+            chosen = choose_threshold_scale(model, validation_batches(trainer), max_drop=max_drop)
         rank_zero_info(
             f"max_drop={max_drop}: the thresholds are scaled by {chosen.scale:.3g}, which scores {chosen.score:.4f} "
             f"with {chosen.flops_ratio:.1%} of the FLOPs"
@@ -118,7 +125,8 @@ def choose_on_validation_data(trainer: Trainer, module: LightningModule, max_dro
     return chosen
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
+def validation_batches(trainer: Trainer) -> Iterator[Any]:
+    """Yield the validation batches of a trainer whose loaders are set up, on its device."""
     loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
     for index, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True)):
         limit = None if limit == float("inf") else int(limit)

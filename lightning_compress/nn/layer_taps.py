@@ -167,6 +167,8 @@ class LayerTaps:
 
 
 class _Hook:
+    follows_module = True
+
     def __init__(self, taps: LayerTaps) -> None:
         self.taps = taps
 

@@ -21,11 +21,10 @@ from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.dropping import real_tokens
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.segments import Segments
-from lightning_compress.nn.surgery import Ledger, get_module, linear_shape
+from lightning_compress.nn.surgery import get_module, linear_shape
 
 __all__ = [
     "ExitHead",
-    "ExitLedger",
     "Pooling",
     "SharedExits",
     "chosen_exits",
@@ -132,15 +131,6 @@ class SharedExits(nn.Module):
     def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()
         self.layers = tuple(layers)
-
-
-class ExitLedger(Ledger):
-    """Changes of a model that has exits; :meth:`revert` takes the exits away too."""
-
-    def revert(self) -> None:
-        """Put blank originals back, and remove the exits."""
-        super().revert()
-        remove_exits(self.root)
 
 
 def chosen_exits(anatomy: Anatomy, exits: Iterable[int] | None) -> tuple[int, ...]:
