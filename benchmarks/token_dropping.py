@@ -85,13 +85,20 @@ VARIANTS: dict[str, Callable[[], Callback] | None] = {
         for percent in (10, 15, 20, 25, 33, 40, 50, 66, 80)
     },
     **{
-        f"bottleneck{percent}": lambda percent=percent: BottleneckTokenDropping(target_flops=percent / 100)
+        f"bottleneck{percent}": lambda percent=percent: BottleneckTokenDropping(
+            target_flops=percent / 100, warmup=0.0
+        )
         for percent in (15, 25, 33, 50, 66)
     },
-    "narrow50": lambda: BottleneckTokenDropping(target_flops=0.5, sampler_width=64),
-    "norm50": lambda: BottleneckTokenDropping(target_flops=0.5, entropy_weight=0.0),
-    "entropy50": lambda: BottleneckTokenDropping(target_flops=0.5, removal_weight=0.0),
-    "skim50": lambda: BottleneckTokenDropping(target_flops=0.5, objective="skim"),
+    **{
+        f"narrow{percent}": lambda percent=percent: BottleneckTokenDropping(
+            target_flops=percent / 100, warmup=0.0, sampler_width=64
+        )
+        for percent in (33, 50)
+    },
+    "norm50": lambda: BottleneckTokenDropping(target_flops=0.5, warmup=0.0, entropy_weight=0.0),
+    "entropy50": lambda: BottleneckTokenDropping(target_flops=0.5, warmup=0.0, removal_weight=0.0),
+    "skim50": lambda: BottleneckTokenDropping(target_flops=0.5, warmup=0.0, objective="skim"),
     "encoder50": lambda: ContributionTokenDropping(target_flops=0.5, warmup=0.0, saliency_to_encoder=True),
     "self50": lambda: ContributionTokenDropping(target_flops=0.5),
     "nosaliency50": lambda: ContributionTokenDropping(target_flops=0.5, warmup=0.0, saliency_weight=0.0),

@@ -89,7 +89,7 @@ class BottleneckTokenDroppingConfig(MethodConfig):
     """Token ids that never leave, e.g. the separator's."""
     warmup: float = 0.1
     """Share of training before the norm counts, in [0, 1)."""
-    ramp_end: float = 0.8
+    ramp_end: float = 0.7
     """Share of training after which decisions are those of deployment, in (warmup, 1]."""
     max_drop: float | None = None
     """By how much the validation score may be below that with nothing dropped, in [0, 1): at the end of fit the dial is
