@@ -88,7 +88,7 @@ def dropping_handle(compressor: Compressor) -> MethodHandle | None:
     return next((handle for handle in compressor.handles.values() if "tokens_kept" in handle.metrics()), None)
 
 
-def dropping_in_step(handle: MethodHandle, batch: Any = None) -> tuple[float, dict[str, float]]:
+def dropping_in_step(handle: Any, batch: Any = None) -> tuple[float, dict[str, float]]:
     """Return the share of FLOPs that the latest pass spent, and what a step record says of tokens.
 
     The share is of the model as it is now, with every token kept.
@@ -100,7 +100,7 @@ def dropping_in_step(handle: MethodHandle, batch: Any = None) -> tuple[float, di
     metrics = handle.metrics()
     known = {name: metrics[name] for name in ("tokens_kept", "ratio", "threshold") if name in metrics}
     if handle.config.target is not None:
-        known["target"] = _scheduled(handle)
+        known["target"] = handle.goal.scheduled(handle.progress)
     is_of_flops = handle.config.target_tokens is None
     return (metrics["ratio"] if is_of_flops else _flops_of_pass(handle, batch)), known
 
@@ -128,7 +128,8 @@ def measure_dropping(
     kept_BL, lengths_B = torch.cat([p.kept_BL for p in passes]), torch.cat([p.lengths_B for p in passes])
     dense_BL = lengths_B[:, None].expand_as(kept_BL)
     dense_flops = float(DroppingCosts.of(dense).flops(dense_BL, lengths_B).mean())
-    whole_flops = DroppingCosts.of(model, policy_flops_per_token=0).flops(dense_BL, lengths_B).mean()
+    whole = DroppingCosts.of(model, policy_flops_per_token=0, exit_flops=0)
+    whole_flops = whole.flops(dense_BL, lengths_B).mean()
     record = DroppingRecord(
         num_texts=len(lengths_B),
         layers=tuple((kept_BL.sum(dim=0) / lengths_B.sum()).tolist()),
@@ -235,11 +236,6 @@ def _curve(
         DialRecord(scale=point.scale, score=point.score, flops_ratio=share * point.flops_ratio)
         for point in points
     )
-
-
-def _scheduled(handle: Any) -> float:
-    goal = getattr(handle, "goal", None)
-    return float(handle.scheduled_target if goal is None else goal.scheduled(handle.progress))
 
 
 def _flops_of_pass(handle: Any, batch: Any) -> float:

@@ -115,17 +115,19 @@ def terms(handle: Any) -> dict[str, Tensor]:
     distance = config.saliency_weight * torch.stack(weighted).sum()
     if config.saliency_to_encoder:
         distance = distance - _leak(distance, handle.tape.read(KeyBias))
+    lengths_B = shares[0].survival_BT.sum(dim=1)  # all tokens are there before the first layer that decides
+    return {"saliency": distance, "length": _length(handle, lengths_B)}
+
+
+def _length(handle: Any, lengths_B: Tensor) -> Tensor:
     counts = [record.count_B for record in handle.tape.read(ExpectedTokens)]
-    return {"saliency": distance, "length": _length(handle, counts)}
-
-
-def _length(handle: Any, counts: list[Tensor]) -> Tensor:
-    ratio = handle.measure(torch.stack(counts, dim=1))
+    ratio = handle.goal.measure(handle.model, handle.progress, torch.stack(counts, dim=1), lengths_B)
     if handle.phase == "recovery":
         return 0.0 * ratio
     if handle.config.length_weight is not None:
         return handle.config.length_weight * expected_length(counts)
-    return cost_pressure(ratio, handle.scheduled_target, handle.multiplier, handle.excess)
+    target, excess = handle.goal.scheduled(handle.progress), handle.goal.excess(handle.progress)
+    return cost_pressure(ratio, target, handle.multiplier, excess)
 
 
 def _leak(distance: Tensor, biases: Sequence[KeyBias]) -> Tensor:

@@ -19,7 +19,9 @@ from torch import nn
 from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.token_dropping import (
+    check,
     check_can_drop,
+    check_shared_settings,
     chosen_layers,
     deploy_policy,
     install_policy,
@@ -96,37 +98,25 @@ class BottleneckTokenDroppingConfig(MethodConfig):
     set to the fastest that stays within. By default it stays as trained."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.target_flops is None or self.target_tokens is None,
             f"target_flops={self.target_flops} and target_tokens={self.target_tokens} are two goals: give one",
         )
-        for name in ("target_flops", "target_tokens"):
-            value = getattr(self, name)
-            _check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
+        check_shared_settings(self)
         for name in ("removal_weight", "entropy_weight"):
             value = getattr(self, name)
-            _check(value is None or value >= 0, f"{name}={value} is negative")
+            check(value is None or value >= 0, f"{name}={value} is negative")
         _check_choice(self, "objective", ("bottleneck", "skim"))
         _check_choice(self, "form", ("rms", "kl", "batch_fro"))
         _check_choice(self, "penalize", ("probabilities", "samples"))
         width = self.sampler_width
-        _check(width is None or width >= 1, f"sampler_width={width} is below 1")
-        _check(self.sampler_lr > 0, f"sampler_lr={self.sampler_lr} is not positive")
-        _check(
-            self.protect_first >= 1,
-            f"protect_first={self.protect_first} is below 1: the classification token always stays",
-        )
-        _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
-        _check(
+        check(width is None or width >= 1, f"sampler_width={width} is below 1")
+        check(self.sampler_lr > 0, f"sampler_lr={self.sampler_lr} is not positive")
+        check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+        check(
             self.warmup < self.ramp_end <= 1.0,
             f"ramp_end={self.ramp_end} is outside (warmup={self.warmup}, 1]: dropping is learned between the two",
         )
-        _check(
-            self.max_drop is None or 0.0 <= self.max_drop < 1.0,
-            f"max_drop={self.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
-        )
-        object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
-        object.__setattr__(self, "protect_tokens", tuple(self.protect_tokens))
 
     @property
     def target(self) -> float | None:
@@ -244,7 +234,8 @@ def convert(handle: BottleneckTokenDroppingHandle) -> dict[str, Any]:
     """
     soft, structure = handle.policy, _structure(handle)
     policy = _new_policy(handle.model, structure)
-    policy.samplers, policy.threshold = soft.samplers, soft.threshold.clone()
+    policy.samplers, policy.threshold = soft.samplers, soft.deployed_threshold.clone()
+    policy.scale = policy.scale.to(policy.threshold.dtype)
     handle.tape.detach()
     deploy_policy(handle.model, policy, handle.config.protect_tokens, handle.ledger)
     return structure
@@ -295,11 +286,6 @@ def _structure(handle: BottleneckTokenDroppingHandle) -> dict[str, Any]:
     }
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_choice(config: BottleneckTokenDroppingConfig, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
-    _check(value in choices, f"{name}={value!r} is not one of {list(choices)}")
+    check(value in choices, f"{name}={value!r} is not one of {list(choices)}")

@@ -2,9 +2,10 @@
 
 The plot in the order of time: the config, :func:`prepare`, :func:`update` (warm-up, ramp, recovery), :func:`convert`,
 :func:`restore`. The cast is in :mod:`lightning_compress.nn.contribution_token_dropping`, the teacher in
-:mod:`lightning_compress.methods.saliency_teacher`.
+:mod:`lightning_compress.methods.saliency_teacher`, the target and what passes cost in
+:mod:`lightning_compress.methods.cost_target`.
 
-Shape legend: B batch, T padded length, L layers, K layers that decide.
+Shape legend: B batch, T padded length.
 
 Paper: AdapLeR (arXiv 2203.08991), equations after its official code.
 """
@@ -12,17 +13,19 @@ Paper: AdapLeR (arXiv 2203.08991), equations after its official code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.saliency_teacher import SaliencyTeacher
 from lightning_compress.methods.token_dropping import (
+    check,
     check_can_drop,
+    check_shared_settings,
     chosen_layers,
     deploy_policy,
     install_policy,
@@ -30,7 +33,6 @@ from lightning_compress.methods.token_dropping import (
 )
 from lightning_compress.nn.contribution_token_dropping import ContributionPolicy, SoftContributionPolicy
 from lightning_compress.nn.dropping import InputRecorder
-from lightning_compress.nn.kept_flops import DroppingCosts
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.nn.tape import Tape
 
@@ -44,19 +46,14 @@ __all__ = [
     "update",
 ]
 
-_TARGET_REACHED_AT = 0.8
-"""Share of the ramp after which the scheduled target is the user's."""
 _ETA_RANGE = (0.01, 1.0)
 _THETA_FLOOR = 1e-3
 _TRAVEL = 2.0
 """Thresholds may cross this distance in the ramp, by default."""
 _MAX_NORM = 1.0
+_OWN_STATE = ("phase", "progress", "threshold_lr", "multiplier")
 _MAX_WIDTH = 4096
 _STRUCTURE = ("layers", "predictor_width", "protect_first", "protect_tokens")
-_COUNTS_COSTS = 50
-"""How often, over a whole training, the cost of a token is counted anew."""
-_MEMORY, _FADE = 0.9, 6.0
-"""What a pass leaves of the sums before it, in a long run; how fast sums fade over a whole short one."""
 _DUAL_RATE = 0.3
 _MULTIPLIER_LIMIT = 10.0
 _CORRECTION_RATE = 0.03
@@ -64,7 +61,6 @@ _CORRECTION_TRAVEL = 6.0
 """How fast the common scale of all thresholds follows the target once they rest: so much a step at least, and so much
 over the whole recovery."""
 _SCALE_RANGE = (0.25, 4.0)
-_TOLERANCE = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,55 +114,40 @@ class ContributionTokenDroppingConfig(MethodConfig):
     def __post_init__(self) -> None:
         goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
         given = {name: value for name, value in goals.items() if value is not None}
-        _check(
+        check(
             len(given) <= 1,
             f"{given} are several goals: give one of target_flops, target_tokens, length_weight",
         )
-        for name in ("target_flops", "target_tokens"):
-            value = goals[name]
-            _check(
-                value is None or (isinstance(value, int | float) and 0.0 < value <= 1.0),
-                f"{name}={value!r} is outside (0, 1]: 0.5 asks for half",
-            )
-        _check(
+        check_shared_settings(self)
+        check(
             self.length_weight is None or self.length_weight >= 0,
             f"length_weight={self.length_weight} is negative",
         )
-        _check(self.saliency_weight >= 0, f"saliency_weight={self.saliency_weight} is negative")
-        _check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
-        _check(
+        check(self.saliency_weight >= 0, f"saliency_weight={self.saliency_weight} is negative")
+        check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
+        check(
             1 <= self.predictor_width <= _MAX_WIDTH,
             f"predictor_width={self.predictor_width} is outside [1, {_MAX_WIDTH}]",
         )
-        _check(self.predictor_lr > 0, f"predictor_lr={self.predictor_lr} is not positive")
-        _check(
-            self.protect_first >= 1,
-            f"protect_first={self.protect_first} is below 1: the classification token always stays",
-        )
-        _check(self.warmup is None or 0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
-        _check(
+        check(self.predictor_lr > 0, f"predictor_lr={self.predictor_lr} is not positive")
+        check(self.warmup is None or 0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+        check(
             self.dense_share < self.hard_from <= 1.0,
             f"ramp_end={self.ramp_end} is outside (warmup={self.dense_share}, 1]: dropping is learned between the two",
         )
-        _check(
+        check(
             0.0 < self.slope_start <= self.slope_end,
             f"slope_start={self.slope_start} is outside (0, slope_end={self.slope_end}]",
         )
         low, high = _ETA_RANGE
-        _check(
+        check(
             low <= self.threshold_init <= high,
             f"threshold_init={self.threshold_init} is outside [{low}, {high}]",
         )
-        _check(
+        check(
             self.threshold_lr is None or self.threshold_lr > 0,
             f"threshold_lr={self.threshold_lr} is not positive",
         )
-        _check(
-            self.max_drop is None or 0.0 <= self.max_drop < 1.0,
-            f"max_drop={self.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
-        )
-        object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
-        object.__setattr__(self, "protect_tokens", tuple(self.protect_tokens))
 
     @property
     def dense_share(self) -> float:
@@ -202,6 +183,7 @@ class ContributionTokenDroppingHandle:
     tape: Tape
     recorder: InputRecorder
     teacher: SaliencyTeacher
+    goal: CostTarget
     num_layers: int
     phase: Literal["warmup", "ramp", "recovery"] = "warmup"
     progress: float = 0.0
@@ -209,63 +191,15 @@ class ContributionTokenDroppingHandle:
     """Learning rate of the thresholds for the coming step."""
     multiplier: float = 1.0
     """Lagrange multiplier of the target."""
-    memory: float = _MEMORY
-    """What the coming pass leaves of the sums before it."""
-    totals: list[float] = field(default_factory=list)
-    """Fading sums over passes: cost, dense cost, tokens in the layers, tokens times layers; batches differ much."""
-    costs: tuple[DroppingCosts, DroppingCosts] | None = field(default=None, repr=False)
-    """What tokens cost with the policy, and without; counted again now and then, since other methods shrink layers."""
-    _counted: tuple[str, int] = ("", 0)
-    _latest: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def scheduled_target(self) -> float:
-        """The target of this moment: from 1 down to the user's, geometric, there at 80 % of the ramp."""
-        start, target = self.config.dense_share, self.config.target
-        assert target is not None, "a fixed length weight has no target"
-        end = start + _TARGET_REACHED_AT * (self.config.hard_from - start)
-        share = min(max((self.progress - start) / (end - start), 0.0), 1.0)
-        return target**share
-
-    @property
-    def excess(self) -> float:
-        """How far the latest passes were above the target of this moment, relative to it."""
-        return self.ratio / self.scheduled_target - 1.0
 
     @property
     def is_on_target(self) -> bool:
-        """Whether thresholds rest and the latest passes cost no more than a tenth above the target."""
-        target = self.config.target
-        return self.phase == "recovery" and (target is None or self.ratio <= _TOLERANCE * target)
+        """Whether thresholds rest and recent passes cost no more than a tenth above the target."""
+        return self.phase == "recovery" and self.goal.is_met
 
     def look_up_saliency(self) -> Tensor:
         """Return the teacher's saliencies of the latest inputs, ``[B, T]``."""
         return self.teacher.saliency(self.recorder.inputs)
-
-    def measure(self, counts_BL: Tensor) -> Tensor:
-        """Return cost over dense cost of the latest pass, a differentiable scalar, and note it."""
-        lengths_B = self._lengths()
-        cost, dense = counts_BL.sum(), lengths_B.sum() * self.num_layers
-        tokens = _exact(cost, dense)
-        if self.config.target_tokens is None:
-            dense_BL = lengths_B[:, None].expand(-1, self.num_layers)
-            with_policy, without = self._count_costs()
-            dense = without.flops(dense_BL, lengths_B).sum()
-            cost = with_policy.flops(counts_BL, lengths_B).sum()
-        self._latest = torch.cat([_exact(cost, dense), tokens])
-        return (cost / dense).float()
-
-    def _count_costs(self) -> tuple[DroppingCosts, DroppingCosts]:
-        now = (self.phase, int(self.progress * _COUNTS_COSTS))
-        if self.costs is None or self._counted != now:
-            dense = DroppingCosts.of(self.model, policy_flops_per_token=0)
-            self.costs, self._counted = (DroppingCosts.of(self.model), dense), now
-        return self.costs
-
-    def _lengths(self) -> Tensor:
-        mask_BT = self.recorder.inputs.get("attention_mask")
-        ids_BT = self.recorder.inputs["input_ids"]
-        return (torch.ones_like(ids_BT) if mask_BT is None else mask_BT.bool()).sum(dim=1)
 
     def open_resources(self) -> None:
         """Load the teacher, unless it is the model itself.
@@ -286,56 +220,34 @@ class ContributionTokenDroppingHandle:
         ]
 
     def end_pass(self) -> None:
-        """Add what the latest pass cost to fading totals; processes pool theirs."""
-        if self._latest is None:
-            return
-        latest, self._latest = self._latest, None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(latest)
-        before = self.totals or [0.0] * 4
-        self.totals = [self.memory * old + new for old, new in zip(before, latest.tolist(), strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """Cost over dense cost in the latest passes, of FLOPs or tokens, whichever the target is of."""
-        return self.totals[0] / self.totals[1] if self.totals else 1.0
-
-    @property
-    def tokens_kept(self) -> float:
-        """Share of tokens that entered the layers in the latest passes."""
-        return self.totals[2] / self.totals[3] if self.totals else 1.0
+        """Read what the latest pass cost."""
+        self.goal.end_pass()
 
     def pop_stale_moments(self) -> list[nn.Parameter]:
         """Nothing: no parameter changes its meaning."""
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What the latest training pass kept, the mean threshold, and the slope."""
+        """What recent training passes kept, the mean threshold, and the slope."""
         return {
-            "ratio": self.ratio,
-            "tokens_kept": self.tokens_kept,
+            "ratio": self.goal.ratio,
+            "tokens_kept": self.goal.tokens_kept,
             "threshold": float(self.policy.eta_K.detach().mean()),
             "slope": self.policy.slope,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Phase, multiplier, and the teacher with the saliencies it gave."""
-        names = ("phase", "progress", "threshold_lr", "multiplier", "memory", "totals")
-        costs = None if self.costs is None else [asdict(costs) for costs in self.costs]
-        counted = {"costs": costs, "counted": self._counted}
-        return {**{n: getattr(self, n) for n in names}, **counted, "teacher": self.teacher.state_dict()}
+        """Phase, multiplier, what passes cost, and the teacher with the saliencies it gave."""
+        own = {name: getattr(self, name) for name in _OWN_STATE}
+        return {**own, "goal": self.goal.state_dict(), "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, and the teacher."""
-        for name in ("phase", "progress", "threshold_lr", "multiplier", "memory", "totals"):
+        for name in _OWN_STATE:
             setattr(self, name, state[name])
-        costs = state["costs"]
-        self.costs = None if costs is None else (DroppingCosts(**costs[0]), DroppingCosts(**costs[1]))
-        self._counted, self._latest = state["counted"], None
+        self.goal.load_state_dict(state["goal"])
         self.policy.is_active = self.phase != "warmup"
-        self.policy.slope = (
-            self.config.slope_end if self.phase == "recovery" else _slope(self.config, self.progress)
-        )
+        self.policy.slope = _slope(self)
         self.teacher.load_state_dict(state["teacher"], self.model)
 
 
@@ -366,6 +278,7 @@ def prepare(
     )
     teacher = SaliencyTeacher(config.teacher, config.teacher_bits, teacher_model)
     ledger = install_policy(model, policy, config.protect_tokens)
+    unit: Literal["flops", "tokens"] = "flops" if config.target_tokens is None else "tokens"
     return ContributionTokenDroppingHandle(
         model,
         config,
@@ -374,6 +287,7 @@ def prepare(
         tape.attach(model),
         InputRecorder().attach(model),
         teacher,
+        CostTarget(config.target, unit, config.dense_share, config.hard_from),
         len(anatomy.layers),
     )
 
@@ -386,17 +300,15 @@ def update(handle: ContributionTokenDroppingHandle, progress: float) -> None:
     """
     config, step = handle.config, progress - handle.progress
     handle.progress = progress
+    handle.goal.advance(progress)
     handle.teacher.open(handle.model)
     if handle.phase == "warmup" and progress >= config.dense_share:
         handle.teacher.settle(handle.model)
         handle.phase, handle.policy.is_active = "ramp", True
     if handle.phase == "ramp" and progress >= config.hard_from:
         handle.phase, handle.threshold_lr = "recovery", 0.0
-    # in recovery removal stays hard, also where a second fit begins again at 0
-    handle.policy.slope = config.slope_end if handle.phase == "recovery" else _slope(config, progress)
+    handle.policy.slope = _slope(handle)
     _clamp(handle.policy)
-    if step > 0:
-        handle.memory = min(_MEMORY, max(1.0 - _FADE * step, 0.0))
     if step > 0:  # not if a step is done again, after a run that stopped within it
         _steer(handle, step)
     if handle.phase == "ramp" and step > 0:
@@ -414,10 +326,8 @@ def convert(handle: ContributionTokenDroppingHandle) -> dict[str, Any]:
     soft, config = handle.policy, handle.config
     _clamp(soft)
     policy = _new_policy(handle.model, _structure(soft.layers, config))
-    policy.predictors = soft.predictors
-    dtype = next(soft.predictors.parameters()).dtype  # in which all is saved, and loaded again
-    policy.eta_K = (soft.eta_K * soft.scale).detach().to(dtype)  # the dial starts at 1
-    policy.scale = policy.scale.to(dtype)
+    policy.predictors, policy.eta_K = soft.predictors, soft.deployed_eta_K  # the dial starts at 1
+    policy.scale = policy.scale.to(policy.eta_K.dtype)
     handle.tape.detach()
     handle.recorder.detach()
     deploy_policy(handle.model, policy, config.protect_tokens, handle.ledger)
@@ -453,13 +363,16 @@ def _structure(layers: tuple[int, ...], config: ContributionTokenDroppingConfig)
     return dict(zip(_STRUCTURE, values, strict=True))
 
 
-def _slope(config: ContributionTokenDroppingConfig, progress: float) -> float:
-    """Return lambda: geometric over the ramp.
+def _slope(handle: ContributionTokenDroppingHandle) -> float:
+    """Return lambda: geometric over the ramp; in recovery removal stays hard, also where a second fit begins at 0.
 
     Departs from the paper: the official code sets it once an epoch, after the step that should have used it
     (specification §1.7, 2).
     """
-    share = (progress - config.dense_share) / (config.hard_from - config.dense_share)
+    config = handle.config
+    if handle.phase == "recovery":
+        return config.slope_end
+    share = (handle.progress - config.dense_share) / (config.hard_from - config.dense_share)
     return config.slope_start * (config.slope_end / config.slope_start) ** min(max(share, 0.0), 1.0)
 
 
@@ -468,7 +381,7 @@ def _steer(handle: ContributionTokenDroppingHandle, step: float) -> None:
     """Follow the target: by the multiplier while thresholds learn, by their common scale once they rest."""
     if handle.config.target is None or handle.phase == "warmup":
         return
-    excess = handle.excess
+    excess = handle.goal.excess(handle.progress)
     if handle.phase == "ramp":
         handle.multiplier = min(max(handle.multiplier + _DUAL_RATE * excess, 0.0), _MULTIPLIER_LIMIT)
     else:
@@ -482,14 +395,3 @@ def _steer(handle: ContributionTokenDroppingHandle, step: float) -> None:
 def _clamp(policy: SoftContributionPolicy) -> None:
     policy.eta_K.clamp_(*_ETA_RANGE)
     policy.theta_K.clamp_(min=_THETA_FLOOR)
-
-
-def _exact(cost: Tensor, dense: Tensor) -> Tensor:
-    """Return two totals, in float64 where the device has it."""
-    dtype = torch.float32 if cost.device.type == "mps" else torch.float64
-    return torch.stack([cost.detach().to(dtype), dense.to(dtype)])
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

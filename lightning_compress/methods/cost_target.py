@@ -1,6 +1,7 @@
 """Meeting a target of FLOPs or tokens: what passes cost, where the target is now, and how far off they are.
 
-Policies differ in how they drop tokens; how a target is approached and met does not. The next chapter is
+Policies differ in how they drop tokens; how a target is approached and measured does not. The next chapters are
+:mod:`lightning_compress.methods.contribution_token_dropping` and
 :mod:`lightning_compress.methods.bottleneck_token_dropping`.
 
 Shape legend: B batch, L layers.
@@ -26,7 +27,7 @@ _MEMORY, _FADE = 0.9, 6.0
 """What a pass leaves of the sums before it, in a long run; how fast sums fade over a whole short one."""
 _NEWTON, _HURRY = (0.2, 0.5), 8.0
 """Share of a Newton step that is taken, in a long run and at most: a batch is not the data. How it grows with steps."""
-_COUNTS_COSTS = 20
+_COUNTS_COSTS = 50
 """How often in a training costs are read off the model, since other methods may shrink it."""
 _TINY = 1e-6
 
@@ -57,7 +58,7 @@ class CostTarget:
         """Fading sums of the same over passes; batches differ much in length."""
         self._pending: Tensor | None = None
         self._costs: tuple[DroppingCosts, DroppingCosts] | None = None
-        self._counted = -1
+        self._counted: list[int] = []
         self._progress, self._step = 0.0, 0.0
 
     @property
@@ -87,6 +88,12 @@ class CostTarget:
         share = (progress - self.start) / (_REACHED_AT * (self.end - self.start))
         return self.target ** min(max(share, 0.0), 1.0)
 
+    def advance(self, progress: float) -> None:
+        """Say where training is, at the start of a step; sums fade by how long steps are."""
+        if progress > self._progress:
+            self._step = progress - self._progress
+        self._progress = progress
+
     def measure(
         self,
         model: nn.Module,
@@ -99,14 +106,13 @@ class CostTarget:
 
         Args:
             model: The model, whose policy says what it costs itself.
-            progress: Where training is.
+            progress: Where training is; advances there.
             counts_BL: Tokens that entered each layer; whole or expected numbers.
             lengths_B: Tokens of each text.
             sensitivity: By how many tokens fewer they would be if the threshold rose by one, and how many were
                 expected, where that is known.
         """
-        if progress > self._progress:
-            self._progress, self._step = progress, progress - self._progress
+        self.advance(progress)
         tokens, all_tokens = counts_BL.sum(), lengths_B.sum() * counts_BL.shape[1]
         cost, dense = tokens, all_tokens
         if self.unit == "flops":
@@ -115,11 +121,12 @@ class CostTarget:
             dense = without.flops(lengths_B[:, None].expand_as(counts_BL), lengths_B).sum()
         fewer, expected = (0.0 * tokens, tokens) if sensitivity is None else sensitivity
         parts = (cost, dense, tokens, all_tokens, fewer, expected, torch.ones_like(cost))
-        self._pending = torch.stack([part.detach().to(cost.dtype) for part in parts])
+        exact = torch.float32 if cost.device.type == "mps" else torch.float64
+        self._pending = torch.stack([part.detach().to(exact) for part in parts])
         return (cost / dense).float()
 
     def _costs_of(self, model: nn.Module, progress: float) -> tuple[DroppingCosts, DroppingCosts]:
-        now = int(progress * _COUNTS_COSTS)
+        now = [int(progress >= self.start), int(progress >= self.end), int(progress * _COUNTS_COSTS)]
         if self._costs is None or self._counted != now:
             self._costs = (DroppingCosts.of(model), DroppingCosts.of(model, policy_flops_per_token=0))
             self._counted = now

@@ -21,7 +21,9 @@ from lightning_compress.runtime import PackedEncoder
 
 __all__ = [
     "TokenGuard",
+    "check",
     "check_can_drop",
+    "check_shared_settings",
     "chosen_layers",
     "deploy_policy",
     "encoder_path",
@@ -31,6 +33,38 @@ __all__ = [
 ]
 
 _ATTENTION = ("sdpa", "eager")
+
+
+def check(condition: bool, message: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        ValueError: If the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def check_shared_settings(config: Any) -> None:
+    """Check the fields that the configurations of both policies have, and make lists tuples.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    for name in ("target_flops", "target_tokens"):
+        value = getattr(config, name)
+        is_share = isinstance(value, int | float) and 0.0 < value <= 1.0
+        check(value is None or is_share, f"{name}={value!r} is outside (0, 1]: 0.5 asks for half")
+    check(
+        config.protect_first >= 1,
+        f"protect_first={config.protect_first} is below 1: the classification token always stays",
+    )
+    check(
+        config.max_drop is None or 0.0 <= config.max_drop < 1.0,
+        f"max_drop={config.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
+    )
+    object.__setattr__(config, "layers", None if config.layers is None else tuple(config.layers))
+    object.__setattr__(config, "protect_tokens", tuple(config.protect_tokens))
 
 
 def check_can_drop(model: nn.Module) -> Anatomy:

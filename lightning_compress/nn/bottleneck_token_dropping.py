@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.dropping import compute_dtype
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.tape import Tape, TokensKept
-from lightning_compress.nn.token_policy import TokenPolicy
+from lightning_compress.nn.token_policy import TokenPolicy, at_least_float
 
 __all__ = [
     "BottleneckPolicy",
@@ -109,12 +109,8 @@ class TokenSampler(nn.Sequential):
         assert isinstance(last, nn.Linear)
         for module in inner:
             hidden = module(hidden)
-        weight, bias = (p[_KEEP] - p[_DROP] for p in map(_at_least_float, (last.weight, last.bias)))
-        return (_at_least_float(hidden) * weight).sum(dim=-1) + bias
-
-
-def _at_least_float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+        weight, bias = (p[_KEEP] - p[_DROP] for p in map(at_least_float, (last.weight, last.bias)))
+        return (at_least_float(hidden) * weight).sum(dim=-1) + bias
 
 
 class BottleneckPolicy(TokenPolicy):
@@ -148,11 +144,7 @@ class BottleneckPolicy(TokenPolicy):
         """Score the rows, each on its own, and keep those whose log odds reach the threshold."""
         if layer not in self.layers:
             return None
-        keep_N = self._margin(layer, hidden_ND) >= 0
-        if segments.protected_N is not None:
-            keep_N |= segments.protected_N
-        keep_N[segments.firsts_B] = True
-        return keep_N
+        return self.with_protected(self._margin(layer, hidden_ND) >= 0, segments)
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return log odds of keeping, one for each token of ``[..., D]``; None if the layer does not decide."""
@@ -161,7 +153,12 @@ class BottleneckPolicy(TokenPolicy):
     def _margin(self, layer: int, hidden: Tensor) -> Tensor:
         """Return how far each token's log odds are above those asked for."""
         log_odds = self._sampler(layer).log_odds(hidden)
-        return log_odds - (self.threshold + _DIAL * self.scale.log()).to(log_odds.dtype)
+        dial = _DIAL * at_least_float(self.scale).log()
+        return log_odds - (at_least_float(self._asked()) + dial).to(log_odds.dtype)
+
+    def _asked(self) -> Tensor:
+        """Return the log odds asked for where the dial is at 1."""
+        return self.threshold
 
     def _sampler(self, layer: int) -> TokenSampler:
         sampler = self.samplers[str(layer)]
@@ -200,6 +197,8 @@ class SoftBottleneckPolicy(BottleneckPolicy):
     Departs from the paper: padding is never scored, and losses see probabilities by default (§2.7, 2 and 6).
     """
 
+    exact_tensors: ClassVar[tuple[str, ...]] = ("threshold", "scale")
+
     def __init__(
         self,
         hidden_size: int,
@@ -221,6 +220,15 @@ class SoftBottleneckPolicy(BottleneckPolicy):
     def kept_parameters(self) -> int:
         """Weights that are deployed, without biases: the samplers'."""
         return sum(p.numel() for name, p in self.samplers.named_parameters() if name.endswith("weight"))
+
+    @property
+    def deployed_threshold(self) -> Tensor:
+        """The threshold as it is deployed, in the dtype in which all is saved."""
+        return self.threshold.to(next(self.samplers.parameters()).dtype)
+
+    def _asked(self) -> Tensor:
+        """Return the log odds asked for: while training as they move, in evaluation as they will be deployed."""
+        return self.threshold if self.training else self.deployed_threshold
 
     def begin(self, real_BT: Tensor) -> _Pass:
         """Start with every real token there."""

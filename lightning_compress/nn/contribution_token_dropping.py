@@ -11,8 +11,9 @@ Paper: AdapLeR (arXiv 2203.08991); equations after its official code, specificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.row_buckets import with_spare_rows
 from lightning_compress.nn.segments import Segments, segment_softmax
 from lightning_compress.nn.tape import Tape, TokensKept
+from lightning_compress.nn.token_policy import TokenPolicy, at_least_float
 
 __all__ = [
     "ContributionPolicy",
@@ -94,7 +96,7 @@ class ContributionPredictor(nn.Sequential):
         return 2 * sum(module.weight.numel() for module in self if isinstance(module, nn.Linear))
 
 
-class ContributionPolicy(nn.Module):
+class ContributionPolicy(TokenPolicy):
     """Keeps a token if its predicted share is at least ``scale * eta / n`` of ``n`` survivors.
 
     Args:
@@ -107,55 +109,36 @@ class ContributionPolicy(nn.Module):
     """
 
     eta_K: Tensor
-    scale: Tensor
 
     def __init__(self, hidden_size: int, layers: Sequence[int], width: int, protect_first: int = 1) -> None:
-        super().__init__()
+        super().__init__(layers, protect_first)
+        self.register_buffer("eta_K", torch.ones(len(self.layers)))
         self.predictors = nn.ModuleDict({str(i): ContributionPredictor(hidden_size, width) for i in layers})
-        self.protect_first = protect_first
-        self.guarded_BT: Tensor | None = None
-        """Tokens protected for what they are, in the running pass."""
-        self._place = {layer: place for place, layer in enumerate(layers)}
-        self._install_thresholds()
-
-    def _install_thresholds(self) -> None:
-        self.register_buffer("eta_K", torch.ones(len(self._place)))
-        self.register_buffer("scale", torch.ones(()))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers that decide, ascending."""
-        return tuple(self._place)
 
     def flops_per_token_of(self, layer: int) -> int:
         """FLOPs per token that arrives before ``layer``, for scoring it."""
-        return self._predictor(layer).flops_per_token if layer in self._place else 0
-
-    def protected(self, real_BT: Tensor) -> Tensor:
-        """Return the first tokens of each sequence, and tokens protected for what they are."""
-        protected_BT = real_BT & (real_BT.cumsum(dim=1) <= self.protect_first)
-        return protected_BT if self.guarded_BT is None else protected_BT | (self.guarded_BT & real_BT)
+        return self._predictor(layer).flops_per_token if layer in self.layers else 0
 
     def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor | None:
         """Score the rows, and keep those whose share reaches the threshold of their sequence."""
-        place = self._place.get(layer)
-        if place is None:
+        if layer not in self.layers:
             return None
         logits_N = self._predictor(layer)(with_spare_rows(hidden_ND))[: segments.num_rows].squeeze(-1)
-        threshold_B = _at_least_float(self.eta_K[place] * self.scale) / segments.lengths_B
+        threshold_B = self._eta(layer) / segments.lengths_B
         share_N = segment_softmax(logits_N, segments)
         if segments.num_sequences == 1:
             keep_N = share_N >= threshold_B
         else:
             keep_N = share_N >= threshold_B[segments.sequence_N]
-        if segments.protected_N is not None:
-            keep_N |= segments.protected_N
-        keep_N[segments.firsts_B] = True
-        return keep_N
+        return self.with_protected(keep_N, segments)
 
     def scores(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return logits of the shares, one for each token of ``[..., D]``; None if the layer does not decide."""
-        return self._predictor(layer)(hidden).squeeze(-1) if layer in self._place else None
+        return self._predictor(layer)(hidden).squeeze(-1) if layer in self.layers else None
+
+    def _eta(self, layer: int) -> Tensor:
+        """Return the threshold of a layer in units of the mean share, in at least fp32."""
+        return at_least_float(self.eta_K[self.layers.index(layer)] * self.scale)
 
     def _predictor(self, layer: int) -> ContributionPredictor:
         predictor = self.predictors[str(layer)]
@@ -195,6 +178,7 @@ class SoftContributionPolicy(ContributionPolicy):
     its share.
     """
 
+    exact_tensors: ClassVar[tuple[str, ...]] = ("eta_K", "theta_K", "scale")
     eta_K: nn.Parameter  # type: ignore[assignment]
 
     def __init__(
@@ -208,27 +192,19 @@ class SoftContributionPolicy(ContributionPolicy):
         tape: Tape,
         shares_reach_encoder: bool,
     ) -> None:
-        self._threshold = threshold
         super().__init__(hidden_size, layers, width, protect_first)
+        del self.eta_K  # a buffer, where it does not learn
+        self.eta_K = nn.Parameter(torch.full((len(self.layers),), threshold))
+        self.theta_K = nn.Parameter(torch.ones(len(self.layers)))
         self.tape = tape
         self.shares_reach_encoder = shares_reach_encoder
         self.is_active = False
         self.slope = 1.0
 
-    def _install_thresholds(self) -> None:
-        self.eta_K = nn.Parameter(torch.full((len(self._place),), self._threshold))
-        self.theta_K = nn.Parameter(torch.ones(len(self._place)))
-        self.register_buffer("scale", torch.ones(()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftContributionPolicy:
-        """Move or cast the policy, but no threshold below float32: in bf16 a step of one would round to nothing."""
-        exact = {name: getattr(self, name).detach() for name in ("eta_K", "theta_K", "scale")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype in (torch.bfloat16, torch.float16):
-                moved.data = tensor.to(moved.device)
-        return self
+    @property
+    def deployed_eta_K(self) -> Tensor:
+        """The thresholds as they are deployed: with the common scale, in the dtype in which all is saved."""
+        return (self.eta_K * self.scale).detach().to(next(self.predictors.parameters()).dtype)
 
     @property
     def kept_parameters(self) -> int:
@@ -243,41 +219,42 @@ class SoftContributionPolicy(ContributionPolicy):
 
     def remove(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> Tensor:
         """Decide before ``layer``, write what losses need to know, and return the bias of each key."""
-        place = self._place.get(layer)
-        if place is not None and self.training:
-            self._remove_softly(layer, place, hidden_BTD, state)
-        elif place is not None:
-            self._remove_hard(layer, place, hidden_BTD, state)
+        if layer in self.layers:
+            (self._remove_softly if self.training else self._remove_hard)(layer, hidden_BTD, state)
         bias_BT = state.bias_BT + (state.threshold_bias_BT - state.threshold_bias_BT.detach())
         self.tape.write(KeyBias(layer, bias_BT, state.threshold_bias_BT))
         self.tape.write(ExpectedTokens(layer, state.threshold_survival_BT.sum(dim=1)))
         self.tape.write(TokensKept(layer, state.survival_BT.detach()))
         return bias_BT
 
-    def _remove_hard(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:
-        logits_BT = _at_least_float(self._predictor(layer)(hidden_BTD).squeeze(-1))
+    def _eta(self, layer: int) -> Tensor:
+        """Return the threshold of a layer: while training as it learns, in evaluation as it will be deployed."""
+        if self.training:
+            return super()._eta(layer)
+        return at_least_float(self.deployed_eta_K[self.layers.index(layer)])
+
+    def _remove_hard(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> None:
+        logits_BT = at_least_float(self._predictor(layer)(hidden_BTD).squeeze(-1))
         share_BT = masked_shares(logits_BT, state.survival_BT)
-        threshold_B1 = _at_least_float(self.eta_K[place] * self.scale) / state.survival_BT.sum(
-            dim=1, keepdim=True
-        )
+        threshold_B1 = self._eta(layer) / state.survival_BT.sum(dim=1, keepdim=True)
         keep_BT = (share_BT >= threshold_B1) | state.fixed_BT
         state.survival_BT = state.threshold_survival_BT = state.survival_BT * keep_BT
         state.bias_BT = torch.zeros_like(state.bias_BT).masked_fill(state.survival_BT == 0, -torch.inf)
         state.threshold_bias_BT = state.bias_BT.new_zeros(())
 
-    def _remove_softly(self, layer: int, place: int, hidden_BTD: Tensor, state: _Pass) -> None:
+    def _remove_softly(self, layer: int, hidden_BTD: Tensor, state: _Pass) -> None:
         predictor = self._predictor(layer)
-        logits_BT = _at_least_float(predictor(hidden_BTD).squeeze(-1))
+        logits_BT = at_least_float(predictor(hidden_BTD).squeeze(-1))
         share_BT = masked_shares(logits_BT, state.survival_BT)
         shown_BT = logits_BT
         if not self.shares_reach_encoder:
-            shown_BT = _at_least_float(predictor(hidden_BTD.detach()).squeeze(-1))
-        reached_BT = state.survival_BT.detach()
-        eta = _at_least_float(self.eta_K[place] * self.scale)
+            shown_BT = at_least_float(predictor(hidden_BTD.detach()).squeeze(-1))
+        reached_BT, eta = state.survival_BT.detach(), self._eta(layer)
         state.survival_BT, state.bias_BT = self._soften(
             share_BT, eta.detach(), state.survival_BT, state.bias_BT, state
         )
-        factor = self.theta_K[place] / self.theta_K[place].detach() if layer > 0 else None
+        theta = self.theta_K[self.layers.index(layer)]
+        factor = theta / theta.detach() if layer > 0 else None
         scaled_BT = _scale_first(share_BT.detach(), factor, state.real_BT)
         state.threshold_survival_BT, state.threshold_bias_BT = self._soften(
             scaled_BT, eta, state.threshold_survival_BT, state.threshold_bias_BT, state
@@ -333,10 +310,6 @@ def soft_removal(share: Tensor, threshold: Tensor, slope: float) -> Tensor:
     below = (slope / threshold) * (share - threshold) - _SOFTNESS / slope
     above = (share - 1.0) * _SOFTNESS / (slope * (1.0 - threshold).clamp_min(_GONE))
     return torch.where(share < threshold, below, above).clamp(_HIDDEN, 0.0)
-
-
-def _at_least_float(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _scale_first(share_BT: Tensor, factor: Tensor | None, real_BT: Tensor) -> Tensor:

@@ -345,7 +345,9 @@ class SameOnAllRanks(Callback):
         handle = handle_of(pl_module)
         state = {name: value.double().sum().item() for name, value in pl_module.state_dict().items()}
         values: list[Any] = [None] * 2
-        torch.distributed.all_gather_object(values, (state, handle.totals, handle.multiplier, handle.phase))
+        torch.distributed.all_gather_object(
+            values, (state, handle.goal.totals, handle.multiplier, handle.phase)
+        )
         assert values[0] == values[1]
 
 

@@ -236,7 +236,7 @@ def test_the_length_term_is_what_the_goal_says() -> None:
     counts = torch.stack([record.count_B for record in handle.tape.read(ExpectedTokens)])
     ratio = float(counts.sum().detach()) / (3 * int(texts()["attention_mask"].sum()))
     assert float(terms(handle)["length"].detach()) == pytest.approx(
-        2.0 * (ratio / handle.scheduled_target - 1.0), rel=1e-4
+        2.0 * (ratio / handle.goal.scheduled(handle.progress) - 1.0), rel=1e-4
     )
 
 

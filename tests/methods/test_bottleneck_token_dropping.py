@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan, load, save_pretrained
 from lightning_compress.methods import restore
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
@@ -25,6 +27,7 @@ from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConf
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_flops
 from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.nn.tape import TokensKept
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from lightning_compress.runtime import packed_encoder
 from lightning_compress.runtime.dial import set_threshold_scale
@@ -344,3 +347,35 @@ def test_bf16_models_are_prepared_trained_and_deployed() -> None:
     before = logits(compressor.model)
     compressor.convert()
     assert torch.allclose(logits(compressor.model).float(), before.float(), atol=0.05)
+    policy = packed_encoder(compressor.model).policy
+    assert {tensor.dtype for tensor in policy.state_dict().values()} == {torch.bfloat16}
+
+
+def test_in_bf16_corrections_too_small_for_bf16_add_up() -> None:
+    compressor, handle = prepared(target_tokens=0.5, warmup=0.0)
+    compressor.model.bfloat16()
+    handle.policy.threshold.fill_(12.0)
+    handle.goal.latest = handle.goal.totals = [0.5005, 1.0, 0.5005, 1.0, 0.1, 1.0, 1.0]
+    for number in range(51):
+        compressor.update(0.7 + 0.001 * number)  # 0.2 of a Newton step of 0.001 / 0.1
+    assert float(handle.policy.threshold) == pytest.approx(12.0 + 51 * 0.002, abs=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_bf16_model_evaluates_as_it_is_deployed_and_loaded(when: str, tmp_path: Path) -> None:
+    model = tiny_bert()
+    compressor, handle = prepared(model.bfloat16() if when == "before" else model)
+    model.bfloat16()
+    with torch.no_grad():
+        for sampler in handle.policy.samplers.values():
+            sampler[4].weight.zero_()
+            sampler[4].bias.copy_(torch.tensor([-6.1875, 6.1875]))
+    handle.policy.threshold.fill_(12.376)  # tokens have 12.375, the nearest number in bf16
+    logits(model)
+    tokens = [int(record.keep_BT.sum()) for record in handle.tape.read(TokensKept)]
+    attach_plan(model, compressor.convert())
+    packed = logits(model)
+    assert tokens == kept(model) == [int(texts()["attention_mask"].sum())] * 2
+    save_pretrained(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert torch.equal(logits(loaded), packed) and kept(loaded) == tokens

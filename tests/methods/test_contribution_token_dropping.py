@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan, load, save_pretrained
 from lightning_compress.methods.contribution_token_dropping import (
     ContributionTokenDroppingConfig,
     convert,
@@ -19,8 +21,9 @@ from lightning_compress.methods.contribution_token_dropping import (
 )
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.nn.contribution_token_dropping import ExpectedTokens
+from lightning_compress.nn.flops import count_flops
 from lightning_compress.nn.kept_flops import DroppingCosts
-from lightning_compress.plan import PlanError
+from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from lightning_compress.runtime import is_packed, packed_encoder
 from tests.toys import tiny_bert
 from tests.toys_contribution import (
@@ -34,6 +37,7 @@ from tests.toys_contribution import (
     texts,
 )
 
+STEM = "contribution_token_dropping"
 PROTECTIONS = {
     "only the first": {},
     "separators": {"protect_tokens": (SEPARATOR,)},
@@ -188,7 +192,7 @@ def test_thresholds_stay_in_their_range_after_every_step() -> None:
 
 def test_nothing_moves_if_a_step_is_done_again() -> None:
     handle = dropping(tiny_bert(), eta=0.9, target_tokens=0.3)
-    handle.totals = [0.9, 1.0, 0.9, 1.0]
+    handle.goal.totals = [0.9, 1.0, 0.9, 1.0, 0.0, 0.9, 1.0]
     for progress in (0.1, 0.9):
         update(handle, progress)
         before = (handle.multiplier, handle.threshold_lr, handle.policy.scale.item())
@@ -217,40 +221,96 @@ def test_thresholds_learn_in_float32_in_a_bf16_model_and_are_deployed_in_bf16() 
     assert {t.dtype for t in encoder.state_dict().values()} == {torch.bfloat16}
 
 
-def test_the_scheduled_target_falls_from_dense_to_the_users() -> None:
-    handle = prepare(tiny_bert(), ContributionTokenDroppingConfig(target_flops=0.25, warmup=0.2))
-    targets = []
-    for progress in (0.0, 0.2, 0.3, 0.95):
-        handle.progress = progress
-        targets.append(handle.scheduled_target)
-    assert targets[0] == targets[1] == 1.0 and 0.25 < targets[2] < 1.0 and targets[3] == 0.25
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_bf16_model_evaluates_as_it_is_deployed_and_loaded(when: str, tmp_path: Path) -> None:
+    model = classifier("bert")
+    handle = dropping(model.bfloat16() if when == "before" else model, eta=1.0)
+    model.bfloat16()
+    with torch.no_grad():
+        for predictor in handle.policy.predictors.values():
+            predictor[2].weight.zero_()
+        handle.policy.scale.fill_(1.001)  # the nearest number in bf16 is 1, the mean share, which all have
+    _, kept = hard_pass(handle, texts())
+    plan = CompressionPlan("bert", (MethodRecord(STEM, "converted", {}, convert(handle)),))
+    logits, packed_kept = packed_pass(model, texts())
+    assert packed_kept == kept and len(kept[-1]) == int(texts()["attention_mask"].sum())
+    attach_plan(model, plan)
+    save_pretrained(model, tmp_path / "model")
+    loaded, loaded_kept = packed_pass(load(tmp_path / "model"), texts())
+    assert loaded_kept == kept and torch.equal(loaded, logits)
 
 
-def test_costs_are_counted_once_in_a_while_and_at_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted, of = [], DroppingCosts.of
-    monkeypatch.setattr(
-        DroppingCosts, "of", lambda model, **settings: counted.append(handle.phase) or of(model, **settings)
-    )
-    handle = dropping(tiny_bert())
-    handle.model.eval()(**{n: v.clamp(max=39) for n, v in texts().items()})
-    for number in range(500):
-        update(handle, number / 500)
-        handle.measure(torch.ones(4, 2))
-    assert 20 < len(counted) <= 2 * 52 and set(counted) == {"ramp", "recovery"}
+def test_the_target_falls_between_the_warm_up_and_the_end_of_the_ramp() -> None:
+    goal = prepare(tiny_bert(), ContributionTokenDroppingConfig(target_flops=0.25, warmup=0.2)).goal
+    targets = [goal.scheduled(progress) for progress in (0.0, 0.2, 0.36, 0.53, 0.95)]
+    assert targets == pytest.approx([1.0, 1.0, 0.5, 0.25, 0.25], rel=0.01)
+    assert (goal.start, goal.end, goal.unit) == (0.2, 0.6, "flops")
 
 
-def test_the_measured_ratio_is_that_of_the_counts() -> None:
-    handle = dropping(tiny_bert(), target_flops=0.5)
+@pytest.mark.parametrize(
+    ("settings", "target", "unit"),
+    [
+        ({}, 0.5, "flops"),
+        ({"target_flops": 0.3}, 0.3, "flops"),
+        ({"target_tokens": 0.3}, 0.3, "tokens"),
+        ({"length_weight": 0.1}, None, "flops"),
+    ],
+    ids=str,
+)
+def test_the_goal_is_the_users(settings: dict[str, float], target: float | None, unit: str) -> None:
+    goal = prepare(tiny_bert(), ContributionTokenDroppingConfig(**settings)).goal
+    assert (goal.target, goal.unit) == (target, unit)
+
+
+@pytest.mark.parametrize("settings", [{"target_flops": 0.5}, {"target_tokens": 0.5}, {"length_weight": 0.1}])
+def test_a_step_measures_the_expected_tokens_of_its_pass(settings: dict[str, float]) -> None:
+    handle = dropping(tiny_bert(), **settings)
     inputs = {n: v.clamp(max=39) for n, v in texts().items()}
-    handle.model.eval()(**inputs)
-    lengths = inputs["attention_mask"].sum(1)
-    dense = lengths[:, None].expand(-1, 2).double()
-    ratio = handle.measure(dense)
+    step(handle, inputs, torch.tensor([0, 1, 1, 0]))
+    assert handle.goal.ratio == 1.0, "until the pass has ended"
     handle.end_pass()
-    overhead = DroppingCosts.of(handle.model).flops(dense, lengths).sum()
-    plain = DroppingCosts.of(handle.model, policy_flops_per_token=0).flops(dense, lengths).sum()
-    assert handle.ratio == pytest.approx(float(overhead / plain)) and handle.ratio > 1.0
-    assert float(ratio) == pytest.approx(handle.ratio) and handle.tokens_kept == 1.0
+    lengths_B = inputs["attention_mask"].sum(1)
+    counts_BL = torch.stack([record.count_B for record in handle.tape.read(ExpectedTokens)], 1).detach()
+    kept = float(counts_BL.sum() / (2 * lengths_B.sum()))
+    spent = DroppingCosts.of(handle.model).flops(counts_BL, lengths_B).sum()
+    dense = count_flops(tiny_bert(), lengths_B.tolist()).total
+    assert handle.goal.tokens_kept == handle.metrics()["tokens_kept"] == pytest.approx(kept) and kept < 1.0
+    expected = kept if "target_tokens" in settings else float(spent) / dense
+    assert handle.goal.ratio == handle.metrics()["ratio"] == pytest.approx(expected)
+
+
+def test_the_first_passes_of_a_ramp_fade_by_its_steps_and_not_by_the_warm_up() -> None:
+    handle = dropping(tiny_bert(), warmup=0.5, ramp_end=0.9)
+    inputs = {n: v.clamp(max=39) for n, v in texts().items()}
+    for number in range(7):
+        update(handle, number / 10)
+        step(handle, inputs, torch.tensor([0, 1, 1, 0]))
+        handle.end_pass()
+    assert handle.phase == "ramp" and handle.goal.totals[6] == pytest.approx(1.0 + 0.4)
+
+
+def test_a_target_is_met_in_recovery_only() -> None:
+    handle = dropping(tiny_bert(), target_tokens=0.5)
+    handle.goal.totals = [0.54, 1.0, 0.54, 1.0, 0.0, 0.54, 1.0]
+    assert handle.goal.is_met and not handle.is_on_target
+    update(handle, 0.6)
+    assert handle.phase == "recovery" and handle.is_on_target
+    handle.goal.totals[0] = 0.56
+    assert not handle.is_on_target
+
+
+def test_the_state_survives_a_round_trip() -> None:
+    handle, other = (dropping(tiny_bert(), target_tokens=0.5) for _ in range(2))
+    update(handle, 0.2)
+    step(handle, {n: v.clamp(max=39) for n, v in texts().items()}, torch.tensor([0, 1, 1, 0]))
+    handle.end_pass()
+    update(handle, 0.6)
+    state = handle.state_dict()
+    other.load_state_dict(state)
+    assert other.goal.state_dict() == state["goal"] and other.goal.ratio == handle.goal.ratio < 1.0
+    names = ("phase", "progress", "threshold_lr", "multiplier")
+    assert [getattr(other, name) for name in names] == [state[name] for name in names]
+    assert (other.policy.slope, other.policy.is_active) == (handle.policy.slope, True)
 
 
 def test_deployed_policies_are_frozen_and_all_else_can_be_trained() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_compress.methods.cost_target import CostTarget
-from lightning_compress.nn.kept_flops import count_kept_flops
+from lightning_compress.nn.kept_flops import DroppingCosts, count_kept_flops
 from tests.toys import tiny_bert
 
 COUNTS_BL, LENGTHS_B = torch.tensor([[6, 3], [4, 2]]), torch.tensor([6, 5])
@@ -75,6 +75,45 @@ def test_in_a_short_run_sums_fade_faster_and_steps_are_longer() -> None:
     assert goal.correction(1.0, largest=99.0) == pytest.approx(0.5)
     goal = measured(goal, progress=0.1)  # a second pass of the same step
     assert goal.ratio == pytest.approx((0.4 * (0.4 * 15 + 22) + 15) / (0.4 * (0.4 * 22 + 22) + 22))
+
+
+def test_steps_are_those_between_updates_where_nothing_was_measured_too() -> None:
+    goal = CostTarget(0.5, "tokens", 0.0, 1.0)
+    for progress in (0.0, 0.3, 0.4):
+        goal.advance(progress)
+    measured(measured(goal, progress=0.4), [[6, 6], [5, 5]], progress=0.4)
+    assert goal.totals[0] == pytest.approx(0.4 * 15 + 22)
+
+
+def test_a_second_run_that_begins_at_zero_has_steps_of_its_own() -> None:
+    goal = CostTarget(0.5, "tokens", 0.0, 1.0)
+    for progress in (0.0, 0.99, 1.0, 0.0, 0.1):
+        goal.advance(progress)
+    measured(measured(goal, progress=0.1), [[6, 6], [5, 5]], progress=0.1)
+    assert goal.totals[0] == pytest.approx(0.4 * 15 + 22)
+
+
+@pytest.mark.parametrize("unit", ["flops", "tokens"])
+def test_totals_are_exact_where_float32_is_not(unit: Any) -> None:
+    goal, model = CostTarget(0.5, unit, 0.0, 1.0), tiny_bert()
+    many = 2**24 + 1  # the first whole number that float32 skips
+    goal.measure(model, 0.0, torch.tensor([[1.0]]), torch.tensor([many]))
+    goal.end_pass()
+    assert goal.totals[2:4] == [1, many]
+
+
+def test_costs_are_counted_now_and_then_and_where_the_search_begins_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, of = [], DroppingCosts.of
+    monkeypatch.setattr(
+        DroppingCosts, "of", lambda model, **settings: counted.append(progress) or of(model, **settings)
+    )
+    goal, model = CostTarget(0.5, "flops", start=0.201, end=0.707), tiny_bert()
+    for number in range(1000):
+        progress = number / 1000
+        goal.measure(model, progress, COUNTS_BL, LENGTHS_B)
+    assert len(counted) == 2 * 52 and {0.0, 0.201, 0.5, 0.707} <= set(counted)
 
 
 def test_passes_over_long_texts_weigh_more_so_that_the_ratio_of_totals_is_met() -> None:

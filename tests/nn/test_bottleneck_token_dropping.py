@@ -261,7 +261,30 @@ def test_the_slope_is_the_derivative_of_the_expected_tokens_by_the_threshold(noi
         assert float(record.slope_B.sum()) < 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_of_the_threshold_add_up_in_half_precision(dtype: torch.dtype) -> None:
+    policy = soft_policy().to(dtype)
+    policy.threshold.fill_(12.0)
+    for _ in range(100):
+        policy.threshold += 0.001
+    assert float(policy.threshold) == pytest.approx(12.1, abs=1e-4)
+    assert policy.scale.dtype == torch.float32 and policy.samplers["0"][1].weight.dtype == dtype
+
+
 # the deployed policy
+
+
+def test_evaluation_asks_for_the_log_odds_that_will_be_saved_and_training_for_those_that_move() -> None:
+    policy = soft_policy(layers=(0,)).bfloat16()
+    policy.noise = 0.0
+    with torch.no_grad():
+        policy.samplers["0"][4].weight.zero_()
+        policy.samplers["0"][4].bias.copy_(torch.tensor([-6.1875, 6.1875]))
+    policy.threshold.fill_(12.376)  # a token has 12.375, the nearest number in bf16
+    hidden = [states()[0].bfloat16()]
+    assert float(policy.deployed_threshold) == 12.375
+    assert torch.equal(run(policy.eval(), hidden)[1].mask_BT.bool(), REAL_BT)
+    assert run(policy.train(), hidden)[1].mask_BT.sum() == len(REAL_BT)
 
 
 def test_deployment_keeps_what_evaluation_sees_for_a_batch_and_for_each_text_alone() -> None:

@@ -305,6 +305,17 @@ def test_thresholds_learn_in_float32_whatever_the_policy_is_cast_to(dtype: torch
     assert policy.eta_K is eta and torch.equal(eta.detach(), exact.to(wanted))
 
 
+def test_evaluation_has_the_thresholds_that_will_be_saved() -> None:
+    policy, real = soft_policy((0,), eta=1.0).bfloat16().eval(), real_tokens()
+    torch.nn.init.zeros_(policy.predictors["0"][2].weight)  # all have the mean share
+    hidden = [states.bfloat16() for states in hidden_states()]
+    policy.scale.fill_(1.001)  # the nearest number in bf16 is 1
+    assert policy.deployed_eta_K.tolist() == [1.0] and policy.deployed_eta_K.dtype == torch.bfloat16
+    assert torch.equal(run(policy, hidden, real)[0] == 0, real)
+    policy.scale.fill_(1.01)
+    assert (run(policy, hidden, real)[0] == 0).sum() == len(real)
+
+
 def test_the_hard_rule_keeps_what_is_at_or_above_the_threshold_of_its_own_text() -> None:
     policy = ContributionPolicy(WIDTH, (0, 2), 4)
     assert policy.decide(1, torch.zeros(3, WIDTH), Segments.of(torch.ones(1, 3).bool())) is None
