@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe
 from lightning_compress.nn.surgery import get_module, is_linear, linear_shape
+from lightning_compress.nn.width_slimming import as_deployed
 
 __all__ = ["FlopsCount", "ParameterCount", "count_flops", "count_parameters", "flops_per_token"]
 
@@ -75,6 +76,7 @@ def count_flops(model: nn.Module, lengths: Sequence[int]) -> FlopsCount:
         raise ValueError(
             f"lengths must hold at least one sequence length, each 1 or more; got {list(lengths)}"
         )
+    model = as_deployed(model)
     anatomy = describe(model)
     tokens, squares = float(sum(lengths)), float(sum(length * length for length in lengths))
     layers = tuple(_layer_flops(model, layer, tokens, squares) for layer in anatomy.layers)
@@ -88,7 +90,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of ``model`` as it would be deployed now.
 
     A layer that has ``kept_parameters`` counts as that many weights, plus its biases: in training form it
-    holds more than will be left. An adapter counts while it is active and not merged.
+    holds more than will be left. What width gates have closed does not count. An adapter counts while it is active
+    and not merged.
 
     Args:
         model: A transformers model of a known family; may be on the meta device.
@@ -97,6 +100,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         TypeError: If ``model`` is not a ``PreTrainedModel``.
         ValueError: If the family is unknown.
     """
+    model = as_deployed(model)
     anatomy = describe(model)
     seen: set[int] = set()
     return ParameterCount(

@@ -1,0 +1,415 @@
+"""Choosing widths: what heads, neurons and embedding ranks cost, and how many of each fit into a budget.
+
+The next chapter is :mod:`lightning_compress.nn.width_slimming`.
+
+Shape legend: L layers, G heads (groups of query heads that share key and value) and F neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import LayerAnatomy, describe
+from lightning_compress.nn.flops import count_flops, count_parameters
+from lightning_compress.nn.importance import LayerScores
+from lightning_compress.nn.surgery import get_module, linear_shape
+
+__all__ = [
+    "Counts",
+    "LayerCost",
+    "WidthCosts",
+    "choose_counts",
+    "choose_kept",
+    "default_multiple",
+    "keep_best",
+]
+
+Scope: TypeAlias = Literal["linear", "encoder", "total"]
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much of everything is kept."""
+
+    heads_L: tuple[int, ...]
+    """Heads of each layer, or groups that share key and value."""
+    neurons_L: tuple[int, ...]
+    """Neurons of each layer."""
+    embedding_rank: int | None = None
+    """Rank of the word embeddings; None leaves them whole."""
+    hidden: int | None = None
+    """Width of the residual stream; None leaves it whole."""
+
+    def step(self, dense: Counts, done: int, steps: int) -> Counts:
+        """Return the counts after ``done`` of ``steps`` equal steps from ``dense`` to these.
+
+        Paper: COST-EFF, specification §3.3: ``int(3072 - (3072 - F) k / K)``, and these exactly for ``k = K``.
+
+        Example:
+            >>> Counts((2,), (1024,)).step(Counts((12,), (3072,)), done=3, steps=10)
+            Counts(heads_L=(9,), neurons_L=(2457,), embedding_rank=None, hidden=None)
+        """
+
+        def at(full: int, final: int) -> int:
+            return full - -(-(full - final) * done // steps)
+
+        def pairs(full: Sequence[int], final: Sequence[int]) -> tuple[int, ...]:
+            return tuple(at(a, b) for a, b in zip(full, final, strict=True))
+
+        rank, hidden = self.embedding_rank, self.hidden
+        return Counts(
+            heads_L=pairs(dense.heads_L, self.heads_L),
+            neurons_L=pairs(dense.neurons_L, self.neurons_L),
+            embedding_rank=None if rank is None else at(dense.embedding_rank or rank, rank),
+            hidden=None if hidden is None else at(dense.hidden or hidden, hidden),
+        )
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer's structures cost, in parameters or FLOPs."""
+
+    num_heads: int
+    """Heads there are, or groups that share key and value."""
+    num_neurons: int
+    """Neurons there are."""
+    per_head: float
+    """Of each head."""
+    per_neuron: float
+    """Of each neuron."""
+
+    def of(self, heads: float, neurons: float) -> float:
+        """Cost of so many of each."""
+        return heads * self.per_head + neurons * self.per_neuron
+
+
+@dataclass(frozen=True)
+class WidthCosts:
+    """The cost of a model as a formula in its widths; linear, since heads and neurons never meet.
+
+    Example:
+        >>> costs = WidthCosts((LayerCost(4, 64, 100.0, 10.0),), fixed=40.0)
+        >>> costs.dense, costs.of(Counts((2,), (32,)))
+        (1080.0, 560.0)
+    """
+
+    layers: tuple[LayerCost, ...]
+    fixed: float
+    """Of everything else."""
+    vocabulary: float = 0.0
+    """Of the word embeddings whole, where they are part of what counts."""
+    per_rank: float = 0.0
+    """Of one rank of factorised word embeddings."""
+    hidden_size: int = 0
+    """Rank that word embeddings have at most."""
+
+    @classmethod
+    def in_parameters(cls, model: nn.Module, scope: Scope) -> WidthCosts:
+        """Read the parameters in a scope off a model, which may be on the meta device."""
+        anatomy, whole = describe(model), getattr(count_parameters(model), scope)
+        layers = tuple(_in_parameters(model, layer, with_bias=scope != "linear") for layer in anatomy.layers)
+        table = get_module(model, anatomy.word_embeddings)
+        entries, width = (
+            table.weight.shape if scope == "total" and isinstance(table, nn.Embedding) else (0, 0)
+        )
+        fixed = (
+            whole - sum(layer.of(layer.num_heads, layer.num_neurons) for layer in layers) - entries * width
+        )
+        return cls(layers, fixed, entries * width, entries + width, width)
+
+    @classmethod
+    def in_flops(cls, model: nn.Module, length: int) -> WidthCosts:
+        """Read the FLOPs of the layers, for one text of ``length`` tokens, off a model."""
+        layers = []
+        for layer in describe(model).layers:
+            weights = _in_parameters(model, layer, with_bias=False)
+            queries = layer.num_heads // layer.num_key_value_heads
+            pairs = 4.0 * length * length * queries * layer.head_dim
+            per_head = 2.0 * length * weights.per_head + pairs
+            layers.append(replace(weights, per_head=per_head, per_neuron=2.0 * length * weights.per_neuron))
+        whole = sum(count_flops(model, [length]).layers)
+        fixed = whole - sum(layer.of(layer.num_heads, layer.num_neurons) for layer in layers)
+        return cls(tuple(layers), fixed)
+
+    @property
+    def full(self) -> Counts:
+        """Counts of the model as it is."""
+        layers = self.layers
+        return Counts(tuple(c.num_heads for c in layers), tuple(c.num_neurons for c in layers))
+
+    @property
+    def dense(self) -> float:
+        """Cost of the model as it is."""
+        return self.of(self.full)
+
+    def of(self, counts: Counts) -> float:
+        """Cost of so many heads, neurons and ranks; :attr:`Counts.hidden` is not looked at."""
+        rank = counts.embedding_rank
+        embeddings = self.vocabulary if rank is None else rank * self.per_rank
+        kept = zip(self.layers, counts.heads_L, counts.neurons_L, strict=True)
+        return self.fixed + embeddings * bool(self.vocabulary) + sum(c.of(h, n) for c, h, n in kept)
+
+
+def default_multiple(neurons: int) -> int:
+    """Return the largest power of two up to 64 that is no more than a sixteenth of the neurons.
+
+    Example:
+        >>> default_multiple(3072), default_multiple(512), default_multiple(8)
+        (64, 32, 1)
+    """
+    return next(m for m in (64, 32, 16, 8, 4, 2, 1) if 16 * m <= max(neurons, 16))
+
+
+def choose_counts(
+    costs: WidthCosts,
+    budget: float,
+    *,
+    heads_L: Sequence[int] | None = None,
+    neurons_L: Sequence[int] | None = None,
+    embedding_rank: int | None = None,
+    multiple: int,
+    rank_multiple: int = 16,
+) -> Counts:
+    """Return the widest counts within a budget that keep about the same share of everything.
+
+    Heads are rounded to the nearest whole number, word embeddings (where they count) to a multiple; neurons then fill
+    what is left, in multiples, the same share in each layer. What is given stays as given.
+
+    Args:
+        costs: What things cost.
+        budget: What they may cost together.
+        heads_L: Heads of each layer, if given.
+        neurons_L: Neurons of each layer, if given.
+        embedding_rank: Rank of the word embeddings, if given; otherwise they are left whole where two factors are no
+            smaller.
+        multiple: Neurons are multiples of this.
+        rank_multiple: The rank of the word embeddings is one of this.
+
+    Raises:
+        ValueError: If even one head and one multiple of neurons in each layer cost more.
+
+    Example:
+        >>> costs = WidthCosts((LayerCost(4, 64, 100.0, 10.0),), fixed=40.0)
+        >>> choose_counts(costs, 560.0, multiple=4)
+        Counts(heads_L=(2,), neurons_L=(32,), embedding_rank=None, hidden=None)
+    """
+    full = costs.full
+
+    def wished(share: float) -> Counts:
+        """Return what a share would be, not rounded."""
+        heads = heads_L or tuple(share * count for count in full.heads_L)
+        neurons = neurons_L or tuple(share * count for count in full.neurons_L)
+        rank = embedding_rank or (share * costs.hidden_size if costs.vocabulary else None)
+        return Counts(heads, neurons, rank)  # type: ignore[arg-type]
+
+    def filled(heads_share: float) -> tuple[Counts, float]:
+        """Return rounded counts with as many neurons as fit, and what they cost."""
+        heads = heads_L or [max(1, round(heads_share * count)) for count in full.heads_L]
+        counts = Counts(tuple(heads), full.neurons_L, embedding_rank or _rank(costs, share, rank_multiple))
+        if neurons_L is None:
+            most = _largest(lambda s: costs.of(_with_neurons(counts, full, s, multiple)) <= budget)
+            counts = _with_neurons(counts, full, most, multiple)
+        else:
+            counts = replace(counts, neurons_L=tuple(neurons_L))
+        return counts, costs.of(counts)
+
+    share = _largest(lambda share: costs.of(wished(share)) <= budget)
+    fewer = 0.5 / max(full.heads_L)
+    for tries in range(2 * max(full.heads_L) + 2):  # rounded up, heads may leave no room for neurons
+        counts, cost = filled(max(share - tries * fewer, 0.0))
+        if cost <= budget:
+            return counts
+    raise ValueError(
+        f"the target of {budget / costs.dense:.4g} cannot be reached: what is given, or else one head and {multiple} "
+        f"neurons in each layer, still cost {cost / costs.dense:.4g} of the dense size. Ask for more, give fewer "
+        "widths yourself, or count another scope"
+    )
+
+
+def keep_best(scores_K: Tensor, count: int, kept_K: Tensor | None = None) -> Tensor:
+    """Return which structures stay, bool ``[K]``: those with the highest scores, ties by the lower index.
+
+    Args:
+        scores_K: Larger for those to keep.
+        count: How many to keep.
+        kept_K: Which are there still; the others never come back. All by default.
+
+    Example:
+        >>> keep_best(torch.tensor([1.0, 3.0, 1.0]), 2)
+        tensor([ True,  True, False])
+    """
+    order_K = torch.argsort(scores_K, descending=True, stable=True)
+    if kept_K is not None:
+        order_K = torch.cat([order_K[kept_K[order_K]], order_K[~kept_K[order_K]]])
+    best_K = torch.zeros(len(scores_K), dtype=torch.bool, device=scores_K.device)
+    best_K[order_K[:count]] = True
+    return best_K
+
+
+def choose_kept(
+    scores: Sequence[LayerScores],
+    costs: WidthCosts,
+    budget: float,
+    *,
+    multiple: int,
+    kept: Sequence[LayerScores] | None = None,
+    embedding_rank: int | None = None,
+    per_cost: bool = True,
+) -> list[LayerScores]:
+    """Return which heads and neurons stay, all layers competing: the worthiest first, until nothing more fits.
+
+    Neurons compete in blocks: multiples of a layer's neurons in the order of their scores. Every layer keeps a head
+    and a block. A kind of a layer whose next one does not fit stops there, others go on.
+
+    Args:
+        scores: Of each layer.
+        costs: What things cost.
+        budget: What they may cost together.
+        multiple: Neurons of a layer are a multiple of this.
+        kept: Which are there still (nonzero); the others never come back. All by default.
+        embedding_rank: Rank that the word embeddings have.
+        per_cost: Whether worth is score per cost, or a score as it is (of a block: its mean).
+
+    Returns:
+        1 for what stays and 0 for the rest, in the place of scores.
+
+    Raises:
+        ValueError: If one head and one block in each layer cost more than the budget.
+
+    Example:
+        >>> scores = [LayerScores(torch.tensor([9.0, 1.0]), torch.tensor([1.0, 5.0, 6.0, 2.0]))]
+        >>> costs = WidthCosts((LayerCost(2, 4, 10.0, 5.0),), fixed=0.0)
+        >>> choose_kept(scores, costs, 25.0, multiple=2)
+        [LayerScores(heads_G=tensor([1., 0.]), neurons_F=tensor([0., 1., 1., 0.]))]
+    """
+    masks, queue = [], []
+    for index, layer in enumerate(scores):
+        masks.append(LayerScores(torch.zeros_like(layer.heads_G), torch.zeros_like(layer.neurons_F)))
+        there = None if kept is None else kept[index]
+        for units in _units(index, layer, there, costs.layers[index], multiple, per_cost):
+            _admit(masks, units[0])
+            queue += units[1:]
+    spent = costs.of(_counted(masks, embedding_rank))
+    if spent > budget:
+        raise ValueError(
+            f"the budget of {budget:,.0f} is below {spent:,.0f}, what one head and one block of neurons in each layer "
+            "cost: ask for more, or lower the multiple"
+        )
+    full: set[tuple[int, bool]] = set()
+    for unit in sorted(
+        queue, key=lambda unit: -unit.worth
+    ):  # stable: of equal worth the lower layer comes first
+        if (unit.layer, unit.is_head) in full:
+            continue
+        if spent + unit.cost <= budget:
+            spent += unit.cost
+            _admit(masks, unit)
+        else:
+            full.add((unit.layer, unit.is_head))
+    return masks
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A head, or a block of neurons."""
+
+    layer: int
+    is_head: bool
+    members: Tensor
+    worth: float
+    cost: float
+
+
+def _units(
+    index: int, scores: LayerScores, kept: LayerScores | None, cost: LayerCost, multiple: int, per_cost: bool
+) -> list[list[_Unit]]:
+    """The heads of a layer, and the blocks of its neurons, the best first."""
+    kinds = (
+        (True, scores.heads_G, None if kept is None else kept.heads_G, 1, cost.per_head),
+        (False, scores.neurons_F, None if kept is None else kept.neurons_F, multiple, cost.per_neuron),
+    )
+    found = []
+    for is_head, scores_K, kept_K, size, price in kinds:
+        order_K = torch.argsort(scores_K, descending=True, stable=True)
+        if kept_K is not None:
+            order_K = order_K[kept_K[order_K].to(order_K.device) > 0]
+        units = []
+        for members in order_K.split(size):
+            worth = float(scores_K[members].mean()) / (price if per_cost else 1.0)
+            units.append(_Unit(index, is_head, members, worth, len(members) * price))
+        found.append(units)
+    return found
+
+
+def _admit(masks: Sequence[LayerScores], unit: _Unit) -> None:
+    mask = masks[unit.layer]
+    (mask.heads_G if unit.is_head else mask.neurons_F)[unit.members] = 1.0
+
+
+def _counted(masks: Sequence[LayerScores], embedding_rank: int | None) -> Counts:
+    heads, neurons = (
+        [int(mask.heads_G.sum()) for mask in masks],
+        [int(mask.neurons_F.sum()) for mask in masks],
+    )
+    return Counts(tuple(heads), tuple(neurons), embedding_rank)
+
+
+def _in_parameters(model: nn.Module, layer: LayerAnatomy, *, with_bias: bool) -> LayerCost:
+    """Weights, and biases if they count, that go with each head and each neuron."""
+    per_head = per_neuron = 0.0
+    for slot in layer.linears:
+        linear = get_module(model, slot.path)
+        if slot.role in ("attention_output", "ffn_out"):
+            each = _per_input(linear)
+        else:
+            each = _per_output(linear) + with_bias * (getattr(linear, "bias", None) is not None)
+        if slot.role.startswith("ffn"):
+            per_neuron += each
+        else:
+            outputs = linear_shape(linear)[0 if slot.role == "attention_output" else 1]
+            per_head += each * outputs / layer.num_key_value_heads
+    return LayerCost(layer.num_key_value_heads, layer.intermediate_size, per_head, per_neuron)
+
+
+def _per_input(linear: nn.Module) -> float:
+    """Weights that go with one input: as many as outputs, or ranks."""
+    return float(getattr(linear, "rank", linear_shape(linear)[1]))
+
+
+def _per_output(linear: nn.Module) -> float:
+    return float(getattr(linear, "rank", linear_shape(linear)[0]))
+
+
+def _rank(costs: WidthCosts, share: float, multiple: int) -> int | None:
+    """Rank of the word embeddings for a share; None where two factors are no smaller than the whole."""
+    if not costs.vocabulary:
+        return None
+    rank = min(max(round(share * costs.hidden_size / multiple), 1) * multiple, costs.hidden_size)
+    return rank if rank * costs.per_rank < costs.vocabulary else None
+
+
+def _with_neurons(counts: Counts, full: Counts, share: float, multiple: int) -> Counts:
+    neurons = tuple(_down(share * count, multiple, count) for count in full.neurons_L)
+    return replace(counts, neurons_L=neurons)
+
+
+def _down(wish: float, multiple: int, full: int) -> int:
+    """The largest multiple within a wish, at least one; everything where that is wished."""
+    return full if wish >= full else min(max(int(wish + 1e-6) // multiple, 1) * multiple, full)
+
+
+def _largest(fits: Callable[[float], bool]) -> float:
+    """The largest share in [0, 1] that fits, to within a millionth of a millionth."""
+    if fits(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,202 @@
+"""Gates against cut models in all families, and the norm over kept dimensions against a norm of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.flops import count_flops, count_parameters
+from lightning_compress.nn.hard_concrete import expected_gate
+from lightning_compress.nn.importance import LayerScores
+from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
+from lightning_compress.nn.surgery import Ledger, get_module
+from lightning_compress.nn.width_slimming import (
+    RankGate,
+    StructureGate,
+    WidthGates,
+    as_deployed,
+    masked_norm,
+)
+from lightning_compress.nn.width_surgery import apply_widths
+from tests.toys import tiny_bert
+
+FAMILIES = {
+    "bert": "BertForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "electra": "ElectraForSequenceClassification",
+    "distilbert": "DistilBertForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+}
+EVERY_FAMILY = pytest.mark.parametrize(("model_type", "class_name"), FAMILIES.items())
+
+
+def ids() -> Tensor:
+    return torch.randint(2, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(ids()).logits
+
+
+def some_masks(gates: WidthGates) -> list[LayerScores]:
+    """Keep about half of everything, other structures in each layer."""
+    masks = [LayerScores(mask.heads_G.clone(), mask.neurons_F.clone()) for mask in gates.masks]
+    for index, mask in enumerate(masks):
+        mask.heads_G[index % 2 :: 2] = 0.0
+        mask.neurons_F[index % 3 :: 3] = 0.0
+    return masks
+
+
+@EVERY_FAMILY
+def test_open_gates_change_nothing(model_type: str, class_name: str, tiny: Any) -> None:
+    model = tiny(model_type, class_name)
+    before = logits(model)
+    gates = WidthGates.install(model, embeddings=True)
+    assert gates.is_open and as_deployed(model) is model
+    assert torch.equal(logits(model), before)
+
+
+@EVERY_FAMILY
+def test_a_gated_model_computes_what_the_cut_one_does(model_type: str, class_name: str, tiny: Any) -> None:
+    model = tiny(model_type, class_name)
+    dense = logits(model)
+    gates = WidthGates.install(model)
+    gates.close(some_masks(gates))
+    gated, counted = logits(model), count_parameters(model)
+    assert not torch.allclose(gated, dense, atol=1e-5)
+    flops = count_flops(model, [5, 3])
+    widths = gates.widths
+    WidthGates.remove_from(model)
+    apply_widths(model, widths, Ledger(model))
+    assert torch.allclose(logits(model), gated, atol=1e-5)
+    assert count_parameters(model) == counted and count_flops(model, [5, 3]) == flops
+
+
+@pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "BertForMaskedLM"])
+def test_projected_embeddings_are_factored_ones_tied_heads_too(class_name: str, tiny: Any) -> None:
+    model = tiny("bert", class_name)
+    gates = WidthGates.install(model, embeddings=True)
+    table = get_module(model, "bert.embeddings.word_embeddings")
+    for rank in (20, 12):  # the second step starts from what the first one left
+        gates.embeddings.close(table.weight, rank)
+    gated, counted = logits(model), count_parameters(model)
+    with torch.no_grad():
+        table.weight.copy_(gates.embeddings(table.weight))
+    widths = gates.widths
+    assert widths.embedding_rank == 12
+    WidthGates.remove_from(model)
+    apply_widths(model, widths, Ledger(model))
+    assert torch.allclose(logits(model), gated, atol=1e-5)
+    assert count_parameters(model) == counted
+
+
+def test_what_a_rank_loses_is_the_tail_of_the_singular_values() -> None:
+    torch.manual_seed(0)
+    table, gate = torch.randn(30, 8), RankGate(8)
+    sigma = torch.linalg.svdvals(table)
+    for rank in (6, 3):
+        gate.close(table, rank)
+        assert (gate(table) - table).norm().item() == pytest.approx(sigma[rank:].norm().item(), rel=1e-4)
+    gate.close(table, 8)
+    assert gate.is_open
+
+
+def test_gates_stay_in_place_when_another_layer_takes_the_linears_place() -> None:
+    model = tiny_bert().eval()
+    gates = WidthGates.install(model)
+    gates.close(some_masks(gates))
+    before, ledger = logits(model), Ledger(model)
+    path = "bert.encoder.layer.0.attention.output.dense"
+    ledger.replace(path, SoftThresholdLinear(get_module(model, path)))
+    assert torch.allclose(logits(model), before, atol=1e-4)
+    ledger.revert()
+    assert len(get_module(model, path)._forward_pre_hooks) == 1
+    WidthGates.remove_from(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_copy_has_gates_of_its_own() -> None:
+    model = tiny_bert().eval()
+    gates = WidthGates.install(model)
+    twin = copy.deepcopy(model)
+    before = logits(twin)
+    gates.close(some_masks(gates))
+    assert torch.equal(logits(twin), before) and not torch.equal(logits(model), before)
+    WidthGates.remove_from(twin)
+    assert WidthGates.of(twin) is None and WidthGates.of(model) is gates
+
+
+def test_gates_are_part_of_the_models_state() -> None:
+    model, other = tiny_bert(), tiny_bert(seed=4)
+    gates = WidthGates.install(model, embeddings=True)
+    again = WidthGates.install(other, embeddings=True)
+    gates.close(some_masks(gates))
+    gates.embeddings.close(model.bert.embeddings.word_embeddings.weight, 10)
+    other.load_state_dict(model.state_dict())
+    assert again.widths == gates.widths and torch.equal(logits(other), logits(model))
+
+
+def test_a_model_gets_gates_once() -> None:
+    model = tiny_bert()
+    WidthGates.install(model)
+    with pytest.raises(ValueError, match="has width gates already"):
+        WidthGates.install(model)
+
+
+def test_closed_structures_get_no_gradient() -> None:
+    model = tiny_bert()
+    gates = WidthGates.install(model)
+    gates.close(some_masks(gates))
+    model(ids(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    layer = model.bert.encoder.layer[0]
+    closed = gates.masks[0].neurons_F == 0
+    assert closed.any()
+    assert not layer.output.dense.weight.grad[:, closed].any()
+    assert not layer.intermediate.dense.weight.grad[closed].any()
+    assert layer.intermediate.dense.weight.grad[~closed].any()
+
+
+def test_learned_gates_are_drawn_while_training_and_stand_still_in_evaluation() -> None:
+    gate = StructureGate(40, 2, learned=True)
+    gate.is_sampled = True
+    assert gate.log_alpha_K is not None
+    with torch.no_grad():
+        gate.log_alpha_K.zero_()
+    x = torch.ones(1, 80)
+    assert not torch.equal(gate(x), gate(x))
+    gate.eval()
+    assert torch.allclose(gate(x), torch.full((1, 80), 0.5))
+    with torch.no_grad():
+        gate.log_alpha_K[:10] = -9.0
+    assert gate.kept == tuple(range(10, 40))
+    assert torch.equal(gate(x)[0, ::2], expected_gate(gate.log_alpha_K))
+
+
+def test_an_idle_learned_gate_stays_in_the_graph() -> None:
+    gate = StructureGate(4, 1, learned=True)
+    gate(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    assert gate.log_alpha_K is not None and gate.log_alpha_K.grad is not None
+    assert not gate.log_alpha_K.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norm_over_kept_dimensions_is_a_norm_of_their_own(kind: str) -> None:
+    torch.manual_seed(0)
+    keep = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    index = keep.nonzero().flatten()
+    x = torch.randn(2, 3, 6)
+    wide, narrow = (nn.LayerNorm(6), nn.LayerNorm(4)) if kind == "layer" else (nn.RMSNorm(6), nn.RMSNorm(4))
+    for parameter, part in zip(wide.parameters(), narrow.parameters(), strict=True):
+        nn.init.normal_(parameter)
+        part.data = parameter.detach()[index]
+    if kind == "rms":
+        wide.eps = narrow.eps = 1e-5
+    out = masked_norm(wide, x, keep)
+    assert torch.allclose(out[..., index], narrow(x[..., index]), atol=1e-5)
+    assert not out[..., keep == 0].any()
