@@ -108,6 +108,9 @@ def tensor_shapes(model: nn.Module) -> Shapes:
 def check_checkpoint(model: PreTrainedModel, before: Shapes, files: Sequence[str] | None) -> None:
     """Compare what a plan made of a skeleton with what the weight files hold, reading their headers only.
 
+    A tensor that the plan only makes smaller may be absent, as it may where a dense checkpoint is opened with another
+    head.
+
     Args:
         model: The restored skeleton.
         before: :func:`tensor_shapes` of the skeleton before it was restored.
@@ -123,6 +126,8 @@ def check_checkpoint(model: PreTrainedModel, before: Shapes, files: Sequence[str
     asked = {name: shape for name, shape in tensor_shapes(model).items() if before.get(name) != shape}
     for name, shape in asked.items():
         found = _find(stored, name, model.base_model_prefix)
+        if found is None and name in before:
+            continue  # a head or pooler that the saved model did not have: transformers makes it new, and says so
         if found != shape:
             has = "no such tensor" if found is None else f"shape {list(found)}"
             raise PlanError(

@@ -204,31 +204,34 @@ class SoftThresholdLinear(nn.Module):
         """Keep these inputs and outputs only (None keeps all), in place; the gate stays as it is.
 
         The directions are no singular vectors of the smaller weight any more. While all of them live the weight is
-        decomposed anew; afterwards they stay, and there may be more of them than ``min(I, O)``.
+        decomposed anew; afterwards they stay, and there may be more of them than ``min(I, O)``. The factors stay the
+        parameters they are: whoever converts the layer knows by them what took the place of what.
         """
         self.settle()
         if inputs is not None:
             index_K = torch.as_tensor(inputs, dtype=torch.int64, device=self.v_MI.device)
-            self.v_MI = _as_parameter(self.v_MI.index_select(1, index_K), self.v_MI)
+            _shrink(self.v_MI, self.v_MI.index_select(1, index_K))
             if self.settled_moment_II is not None:
                 self.settled_moment_II = self.settled_moment_II[index_K][:, index_K]
         if outputs is not None:
             index_K = torch.as_tensor(outputs, dtype=torch.int64, device=self.u_OM.device)
-            self.u_OM = _as_parameter(self.u_OM.index_select(0, index_K), self.u_OM)
+            _shrink(self.u_OM, self.u_OM.index_select(0, index_K))
             if self.bias is not None:
-                self.bias = _as_parameter(self.bias.index_select(0, index_K), self.bias)
+                kept = self.bias.index_select(0, index_K.to(self.bias.device))
+                self.bias = nn.Parameter(kept, requires_grad=self.bias.requires_grad)
         self.in_features, self.out_features = self.v_MI.shape[1], self.u_OM.shape[0]
         if self.mode == "open" and self.full_rank > min(self.in_features, self.out_features):
             self._decompose_smaller()
 
     def _decompose_smaller(self) -> None:
         """Take as many directions as the smaller weight has, and keep their product."""
-        weight_OI, rank = self.weight, min(self.in_features, self.out_features)
-        self.u_OM = _as_parameter(self.u_OM[:, :rank].clone(), self.u_OM)
-        self.v_MI = _as_parameter(self.v_MI[:rank].clone(), self.v_MI)
-        self.sigma_M = _as_parameter(self.sigma_M[:rank].clone(), self.sigma_M)
+        weight_OI = None if self.u_OM.is_meta else self.weight
+        rank = min(self.in_features, self.out_features)
+        _shrink(self.u_OM, self.u_OM[:, :rank])
+        _shrink(self.v_MI, self.v_MI[:rank])
+        _shrink(self.sigma_M, self.sigma_M[:rank])
         self.keep_mask_M = self.keep_mask_M[:rank].clone()
-        if not weight_OI.is_meta:
+        if weight_OI is not None:
             moment_II, self.settled_moment_II = self.settled_moment_II, None
             self.factorise(weight_OI)
             self.settled_moment_II = moment_II
@@ -345,8 +348,9 @@ class LowRankLinear(nn.Sequential):
         return 2 * self.kept_parameters
 
 
-def _as_parameter(values: Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(values.detach(), requires_grad=like.requires_grad)
+def _shrink(parameter: nn.Parameter, values: Tensor) -> None:
+    parameter.grad = None
+    parameter.data = values.detach().clone()
 
 
 def _cholesky_root(moment_II: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "new_linear",
     "remove_hook",
     "replace_module",
+    "successors_of",
     "tie",
     "unwrap_adapter",
 ]
@@ -248,19 +249,19 @@ class Ledger:
         self._entries.append(_Entry(path, blank, stale, heirs))
 
     def successors(self) -> dict[int, list[nn.Parameter]]:
-        """Map the ``id`` of each parameter made stale to the live parameters that took its place.
+        """Map the ``id`` of each parameter made stale to the live parameters that took its place, at last.
 
         The stale parameters are kept alive by the ledger until :meth:`forget_stale`, so the ids stay unique.
         A parameter that another module of the model still uses (tied weights) is not stale.
         """
-        live = {id(parameter) for parameter in self.root.parameters()}
-        found: dict[int, list[nn.Parameter]] = {}
-        replacements = [entry for entry in self._entries if isinstance(entry, _Entry)]
-        for entry in [*replacements, *self._inheritances]:
+        return successors_of([self])
+
+    def replacements(self) -> Iterator[tuple[nn.Parameter, tuple[nn.Parameter, ...]]]:
+        """Yield each parameter that something took the place of, and what did, in order."""
+        noted = [entry for entry in self._entries if isinstance(entry, _Entry)]
+        for entry in [*noted, *self._inheritances]:
             for parameter in entry.stale:
-                if id(parameter) not in live:
-                    found[id(parameter)] = [p for p in entry.heirs if id(p) in live]
-        return found
+                yield parameter, entry.heirs
 
     def inherit(self, path: str, stale: Iterable[nn.Parameter]) -> None:
         """Note that the module now at ``path`` took the place of parameters, across a :meth:`revert`."""
@@ -291,6 +292,39 @@ class Ledger:
             original = _materialise(entry.blank, like)
             carry_hooks(module, original)
             replace_module(self.root, entry.path, original)
+
+
+def successors_of(ledgers: Iterable[Ledger]) -> dict[int, list[nn.Parameter]]:
+    """Map as :meth:`Ledger.successors` does, over several ledgers: heirs may have become stale in another one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> first, second, weight = Ledger(model), Ledger(model), model[0].weight
+        >>> _ = first.replace("0", nn.Linear(2, 3, bias=False)), second.replace("0", nn.Linear(2, 4, bias=False))
+        >>> [tuple(heir.shape) for heir in successors_of([first, second])[id(weight)]]
+        [(4, 2)]
+    """
+    ledgers = list(ledgers)
+    live = {id(parameter) for ledger in ledgers for parameter in ledger.root.parameters()}
+    heirs: dict[int, list[nn.Parameter]] = {}
+    for stale, found in (pair for ledger in ledgers for pair in ledger.replacements()):
+        heirs.setdefault(id(stale), []).extend(found)
+    return {key: _last_heirs(key, heirs, live) for key in heirs if key not in live}
+
+
+def _last_heirs(key: int, heirs: dict[int, list[nn.Parameter]], live: set[int]) -> list[nn.Parameter]:
+    """Follow heirs that became stale themselves, each once."""
+    seen, queue, last = {key}, list(heirs[key]), []
+    while queue:
+        heir = queue.pop(0)
+        if id(heir) in seen:
+            continue
+        seen.add(id(heir))
+        if id(heir) in live:
+            last.append(heir)
+        else:
+            queue += heirs.get(id(heir), [])
+    return last
 
 
 def _blank(module: nn.Module) -> nn.Module:

@@ -19,11 +19,12 @@ from torch import nn
 
 from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe, find_transformer
 from lightning_compress.nn.factored_embedding import check_embedding_rank, factor_embedding
+from lightning_compress.nn.hidden_slices import check_hidden, slice_hidden
 from lightning_compress.nn.linear_slices import slice_at
-from lightning_compress.nn.surgery import Ledger
+from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.plan import PlanError
 
-__all__ = ["Widths", "apply_widths", "restore_widths", "slice_heads", "slice_neurons"]
+__all__ = ["Widths", "apply_widths", "restore_widths", "slice_heads", "slice_hidden", "slice_neurons"]
 
 _FIELDS = {"heads", "neurons", "embedding_rank", "hidden"}
 
@@ -40,7 +41,7 @@ class Widths:
     neurons: tuple[tuple[int, ...] | None, ...]
     """For each layer the FFN neurons kept."""
     embedding_rank: int | None = None
-    """Rank of the factorised word embeddings."""
+    """Rank of the factorised word embeddings; they stay whole where they are no wider, once channels have left."""
     hidden: tuple[int, ...] | None = None
     """Channels of the residual stream kept."""
 
@@ -152,8 +153,11 @@ def _cut(model: nn.Module, widths: Widths, ledger: Ledger, *, decompose: bool) -
             _slice_heads(ledger, anatomy, heads)
         if neurons is not None:
             _slice_neurons(ledger, anatomy, neurons)
+    if widths.hidden is not None:
+        slice_hidden(model, widths.hidden, ledger)
     if widths.embedding_rank is not None:
-        factor_embedding(model, widths.embedding_rank, ledger, decompose=decompose)
+        width = get_module(model, describe(model).word_embeddings).weight.shape[1]  # type: ignore[union-attr,index]
+        factor_embedding(model, min(widths.embedding_rank, int(width)), ledger, decompose=decompose)
 
 
 def _read_structure(anatomy: Anatomy, structure: Mapping[str, Any]) -> Widths:
@@ -239,6 +243,8 @@ def _check(model: nn.Module, widths: Widths) -> None:
             _check_kept("neurons", anatomy.index, neurons, anatomy.intermediate_size)
     if widths.embedding_rank is not None:
         check_embedding_rank(model, widths.embedding_rank)
+    if widths.hidden is not None:
+        check_hidden(model, widths.hidden)
 
 
 def _check_kept(what: str, layer: int, keep: Sequence[int], count: int) -> None:

@@ -192,7 +192,8 @@ def test_layers_without_heads_or_ffn_say_so(tiny) -> None:
 
 def some_widths(model: nn.Module) -> Widths:
     groups = describe(model).layers[0].num_key_value_heads
-    return Widths(heads=((groups - 1,), None), neurons=(None, (3, 5, 40)), embedding_rank=5)
+    hidden = None if type(model).__name__ == "BertForMaskedLM" else tuple(range(0, 32, 2))
+    return Widths(((groups - 1,), None), (None, (3, 5, 40)), embedding_rank=5, hidden=hidden)
 
 
 LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")]
