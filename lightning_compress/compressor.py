@@ -35,7 +35,7 @@ from lightning_compress.methods import (
     method_named,
     restore,
 )
-from lightning_compress.nn.surgery import Ledger
+from lightning_compress.nn.surgery import Ledger, successors_of
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 
 __all__ = ["Compressor"]
@@ -207,7 +207,7 @@ class Compressor:
 
     def successors(self) -> dict[int, list[nn.Parameter]]:
         """Map the id of each replaced parameter to the parameters that took its place."""
-        return {key: heirs for ledger in self._all_ledgers() for key, heirs in ledger.successors().items()}
+        return successors_of(self._all_ledgers())
 
     def forget_stale(self) -> None:
         """Release replaced parameters, once every optimizer has been re-pointed by :meth:`successors`."""
