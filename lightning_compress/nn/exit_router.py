@@ -132,6 +132,7 @@ class ExitRouter:
     def _forget(self) -> None:
         self._depth_B: Tensor | None = None
         self._left: list[tuple[Tensor, Tensor]] = []
+        self._is_answered = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_depth_B": None, "_left": []}
@@ -154,13 +155,28 @@ def _answer(router: ExitRouter, logits_BC: Tensor) -> Tensor | None:
     taps = LayerTaps.on(router._model)
     if router._depth_B is None and taps is not None and taps.latest:
         router._replay(taps)
+    router._is_answered = True
     return router.merge(logits_BC) if router._left else None
 
 
 @torch.compiler.disable
 def _report(router: ExitRouter, output: Any) -> None:
-    """Say how far each example came."""
-    if router._depth_B is not None and isinstance(output, MutableMapping):
+    """Say how far each example came; where compiled code passed the head's hook by, put the answers in place.
+
+    ``torch.compile`` shares code among models of one shape, and does not look whether they have hooks.
+
+    Raises:
+        RuntimeError: If a loss was computed before the answers were in place.
+    """
+    is_mapping = isinstance(output, MutableMapping)
+    if router._left and not router._is_answered:
+        if not is_mapping or output.get("loss") is not None:
+            raise RuntimeError(
+                "torch.compile ran code that it made for a model without exits, which leaves out what exits say: call "
+                "torch.compiler.reset() before compiling this model"
+            )
+        output["logits"] = router.merge(output["logits"])
+    if router._depth_B is not None and is_mapping:
         output["exit_depth"] = router._depth_B
 
 
