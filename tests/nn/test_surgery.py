@@ -9,12 +9,17 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.nn.surgery import (
     Ledger,
+    carry_hooks,
     dense_weight,
     get_module,
     is_linear,
     linear_shape,
+    names_of,
     new_linear,
+    remove_hook,
     replace_module,
+    successors_of,
+    tie,
     unwrap_adapter,
 )
 
@@ -114,3 +119,125 @@ def test_parameters_of_a_reverted_replacement_have_heirs_too() -> None:
     assert [list(map(id, found)) for found in ledger.successors().values()] == [list(map(id, heirs))] * 2
     ledger.forget_stale()
     assert ledger.successors() == {}
+
+
+class Gate:
+    """A hook that belongs to a place."""
+
+    follows_module = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: tuple, *more: object) -> object:
+        return self.factor * more[0] if more else (self.factor * args[0],)
+
+
+def test_hooks_that_follow_stay_in_place_through_replacement_and_revert() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2)), torch.randn(3, 2)
+    model[0].register_forward_pre_hook(Gate(2.0))
+    model[0].register_forward_hook(Gate(3.0))
+    ledger, between = Ledger(model), nn.Linear(2, 2)
+    old = ledger.replace("0", between)
+    assert torch.allclose(model(x), 3 * nn.functional.linear(2 * x, between.weight, between.bias))
+    assert not old._forward_pre_hooks and not old._forward_hooks
+    ledger.revert()
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)
+    assert torch.equal(model(x), torch.full((3, 2), 3.0))
+    assert not between._forward_pre_hooks and not between._forward_hooks
+
+
+def test_hooks_with_keywords_stay_such_hooks() -> None:
+    seen: list[dict] = []
+
+    def gate(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append(kwargs)
+
+    gate.follows_module = True
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    old.register_forward_pre_hook(gate, with_kwargs=True)
+    carry_hooks(old, new)
+    new(input=torch.ones(1, 2))
+    assert [list(kwargs) for kwargs in seen] == [["input"]] and not old._forward_pre_hooks_with_kwargs
+
+
+def test_other_hooks_stay_with_their_module_and_come_back_with_the_blank() -> None:
+    model, calls = nn.Sequential(nn.Linear(2, 2)), []
+    model[0].register_forward_hook(lambda module, args, output: calls.append(module))
+    ledger = Ledger(model)
+    ledger.replace("0", nn.Linear(2, 2))
+    model(torch.ones(1, 2))
+    assert calls == []
+    ledger.revert()
+    model(torch.ones(1, 2))
+    assert calls == [model[0]]
+
+
+def test_a_hook_is_removed_wherever_it_went() -> None:
+    model, gate = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Gate(0.0)
+    model[0].register_forward_pre_hook(gate)
+    model[1].register_forward_hook(gate)
+    Ledger(model).replace("0", nn.Linear(2, 2))
+    assert remove_hook(model, gate) == 2 and remove_hook(model, gate) == 0
+    assert bool((model(torch.ones(1, 2)) != 0).any())
+
+
+def test_what_is_altered_in_place_comes_back_in_its_old_shape() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    linear, weight, bias = model[0], model[0].weight, model[0].bias
+
+    def halve(module: nn.Module) -> None:
+        module.weight = nn.Parameter(module.weight.detach()[:, :1])
+
+    ledger = Ledger(model)
+    ledger.alter("0", halve)
+    assert model[0] is linear and model[0].bias is bias
+    assert ledger.successors() == {id(weight): [linear.weight]}
+    ledger.revert()
+    assert model[0].weight.shape == (3, 2) and linear_shape(model[0]) == (2, 3)
+
+
+def test_attributes_are_given_back() -> None:
+    model = nn.Sequential(nn.Dropout(0.1))
+    ledger = Ledger(model)
+    ledger.set_attributes("0", p=0.5)
+    ledger.set_attributes("0", p=0.7)
+    assert model[0].p == 0.7
+    ledger.forget_stale()
+    ledger.revert()
+    assert model[0].p == 0.1
+    with pytest.raises(AttributeError):
+        ledger.set_attributes("0", heads=3)
+
+
+def test_ties_can_be_made_again_when_all_else_is_reverted() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tie(model, ["0.weight", "1.weight"])
+    ledger = Ledger(model)
+    ledger.on_revert(lambda root: tie(root, ["0.weight", "1.weight"]))
+    for path in ("0", "1"):
+        ledger.replace(path, nn.Linear(3, 2))
+    assert names_of(model, model[0].weight) == ("0.weight",)
+    ledger.revert()
+    assert names_of(model, model[0].weight) == ("0.weight", "1.weight")
+
+
+def test_heirs_that_were_replaced_in_turn_are_followed_to_the_end() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    first, second, third = nn.Linear(2, 3, bias=False), nn.Linear(2, 4, bias=False), nn.Linear(2, 5)
+    dense, one, two = model[0].weight, Ledger(model), Ledger(model)
+    one.replace("0", first)
+    one.replace("0", second)
+    assert one.successors() == {id(dense): [second.weight], id(first.weight): [second.weight]}
+    two.replace("0", third)
+    heirs = [third.weight, third.bias]
+    assert successors_of([one, two]) == dict.fromkeys(map(id, (dense, first.weight, second.weight)), heirs)
+
+
+def test_replacing_to_and_fro_ends() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    there, back, ledger = nn.Linear(2, 2, bias=False), model[0], Ledger(model)
+    for module in (there, back, nn.Linear(2, 1, bias=False)):
+        ledger.replace("0", module)
+    assert ledger.successors()[id(back.weight)] == [model[0].weight]
