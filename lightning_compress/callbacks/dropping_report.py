@@ -235,6 +235,7 @@ def _curve(
     return tuple(
         DialRecord(scale=point.scale, score=point.score, flops_ratio=share * point.flops_ratio)
         for point in points
+        if point.score is not None
     )
 
 

@@ -107,14 +107,15 @@ def choose_threshold_scale(
 
     Args:
         model: A converted or loaded token-dropping model, or a module that holds one.
-        batches: See :func:`sweep_threshold_scale`; data that the model was not trained on.
+        batches: See :func:`sweep_threshold_scale`; data that the model was not trained on. For ``target_flops`` they
+            need no ``"labels"``, unless ``score`` is given.
         max_drop: By how much the score may be below that with nothing dropped, in [0, 1): of the scales tried, the
             fastest one within is chosen. 0.01 is one point of accuracy.
         target_flops: Instead: share of the FLOPs without dropping, in (0, 1]: the slowest scale found that stays below.
         score: See :func:`sweep_threshold_scale`.
 
     Returns:
-        What was chosen, as measured.
+        What was chosen, as measured; its ``score`` is None if a batch has no labels.
 
     Raises:
         ValueError: If not exactly one goal is given, it is out of range or cannot be reached (the message has the
@@ -129,7 +130,7 @@ def choose_threshold_scale(
         raise ValueError(f"max_drop={max_drop} is outside [0, 1): 0.01 is one point of accuracy")
     if target_flops is not None and not 0.0 < target_flops <= 1.0:
         raise ValueError(f"target_flops={target_flops} is outside (0, 1]: 0.5 halves the FLOPs")
-    trial = Trial(model, batches, score)
+    trial = Trial(model, batches, score, needs_labels=max_drop is not None or score is not None)
     if max_drop is not None:
         chosen = _fastest_within(trial, max_drop)
     else:
@@ -146,13 +147,18 @@ def _check_scale(scale: float) -> None:
 def _fastest_within(trial: Trial, max_drop: float) -> DialPoint:
     """Bisect the exponent of the scale, and take the best of all that was measured: scores need not fall steadily."""
     points = [trial.at(0.0)]
-    least = points[0].score - max_drop - _NEGLIGIBLE
+    least = _score(points[0]) - max_drop - _NEGLIGIBLE
     low, high = _OCTAVES
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         points.append(trial.at(2.0**middle))
-        low, high = (middle, high) if points[-1].score >= least else (low, middle)
-    return min((point for point in points if point.score >= least), key=_cost)
+        low, high = (middle, high) if _score(points[-1]) >= least else (low, middle)
+    return min((point for point in points if _score(point) >= least), key=_cost)
+
+
+def _score(point: DialPoint) -> float:
+    assert point.score is not None, "batches have labels where scores are compared"
+    return point.score
 
 
 def _cost(point: DialPoint) -> tuple[float, float]:

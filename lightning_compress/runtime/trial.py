@@ -27,9 +27,11 @@ __all__ = [
     "Score",
     "Trial",
     "check_batch",
+    "default_score",
     "dropping_encoder",
     "inputs_of",
     "kept_counts",
+    "lengths_of",
     "scale_of",
 ]
 
@@ -51,8 +53,9 @@ class DialPoint:
 
     scale: float
     """Setting of the dial."""
-    score: float
-    """Accuracy, correlation, or what was asked for; larger is better."""
+    score: float | None
+    """Accuracy, correlation, or what was asked for; larger is better. None where nothing had to be scored and batches
+    have no labels."""
     flops_ratio: float
     """FLOPs over those of the model that drops nothing, scores nothing and has no exits; a ratio of totals over
     unpadded tokens, with the last layer counted for all kept tokens, as the paper does."""
@@ -101,17 +104,18 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     }
 
 
-def check_batch(batch: Any) -> None:
+def check_batch(batch: Any, *, needs_labels: bool = True) -> None:
     """Refuse a batch that the dial cannot be measured with.
 
     Raises:
-        ValueError: If it is not a mapping, or has no ``"labels"``.
+        ValueError: If it is not a mapping, or has no ``"labels"`` where they are needed.
     """
     if not isinstance(batch, Mapping):
+        labels = " with 'labels'" if needs_labels else ""
         raise ValueError(
-            f"a batch is a {type(batch).__name__}: give dicts of the model's keyword arguments with 'labels'"
+            f"a batch is a {type(batch).__name__}: give dicts of the model's keyword arguments{labels}"
         )
-    if batch.get("labels") is None:
+    if needs_labels and batch.get("labels") is None:
         raise ValueError(f"a batch holds {sorted(batch)} but no 'labels': the score is measured with them")
 
 
@@ -122,21 +126,33 @@ class Trial:
         model: A token-dropping model that runs packed, or a module that holds one.
         batches: Keyword arguments of the model with ``"labels"``; kept, so that any iterable will do.
         score: Of logits and labels, larger is better; None is accuracy, or Pearson's correlation.
+        needs_labels: Whether points must have a score; otherwise they have none if a batch has no labels.
 
     Raises:
-        ValueError: If the model does not run packed or drops no tokens, there is no batch or one without labels, or
-            the model gives several labels at once and ``score`` is None.
+        ValueError: If the model does not run packed or drops no tokens, there is no batch or one without the labels
+            that are needed, or the model gives several labels at once, is to be scored, and ``score`` is None.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], score: Score | None = None) -> None:
+    score: Score | None
+    """None where there is nothing to score with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        score: Score | None = None,
+        *,
+        needs_labels: bool = True,
+    ) -> None:
         self.encoder = dropping_encoder(model)
         self.model: Any = find_transformer(model)[1]
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there are no batches: give some, as a list or a data loader")
         for batch in self.batches:
-            check_batch(batch)
-        self.score = score or _default_score(self.model)
+            check_batch(batch, needs_labels=needs_labels)
+        is_labelled = all(batch.get("labels") is not None for batch in self.batches)
+        self.score = (score or default_score(self.model)) if is_labelled else None
         self.costs = DroppingCosts.of(self.model)
         self.dense_costs = DroppingCosts.of(self.model, policy_flops_per_token=0, exit_flops=0)
 
@@ -158,18 +174,19 @@ class Trial:
         for batch in self.batches:
             inputs = inputs_of(self.model, batch)
             logits.append(self.model(**inputs).logits.float().cpu())
-            labels.append(batch["labels"].cpu())
+            labels += [] if self.score is None else [batch["labels"].cpu()]
             kept.append(kept_counts(self.encoder).cpu())
-            lengths.append(_lengths(inputs).cpu())
+            lengths.append(lengths_of(inputs).cpu())
         kept_BL, lengths_B = torch.cat(kept), torch.cat(lengths)
         dense_BL = lengths_B[:, None].expand_as(kept_BL)
         flops = self.costs.flops(kept_BL, lengths_B).sum() / self.dense_costs.flops(dense_BL, lengths_B).sum()
         shares = (kept_BL.sum(dim=0) / lengths_B.sum()).tolist()
-        score = float(self.score(torch.cat(logits), torch.cat(labels)))
+        score = None if self.score is None else float(self.score(torch.cat(logits), torch.cat(labels)))
         return DialPoint(float(scale), score, float(flops), tuple(shares))
 
 
-def _lengths(inputs: Batch) -> Tensor:
+def lengths_of(inputs: Batch) -> Tensor:
+    """Return the tokens of each example of a batch, padding not included, integers ``[B]``."""
     mask = inputs.get("attention_mask")
     if mask is not None:
         return mask.bool().sum(dim=1)
@@ -177,7 +194,12 @@ def _lengths(inputs: Batch) -> Tensor:
     return torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
 
 
-def _default_score(model: Any) -> Score:
+def default_score(model: Any) -> Score:
+    """Return how a model is scored where nobody says: accuracy, or Pearson's correlation of one output.
+
+    Raises:
+        ValueError: If the model gives several labels at once.
+    """
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise ValueError("the model gives several labels at once: say what to measure with score=function")
     is_regression = (

@@ -1,5 +1,7 @@
 """Shape legend: B sequences, L layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -126,6 +128,34 @@ def test_target_flops_is_met_from_below_and_set(model, batches):
     assert fast.flops_ratio < point.flops_ratio <= target
     assert threshold_scale(model) == pytest.approx(point.scale)
     assert sweep_threshold_scale(model, batches, [point.scale]) == [point]
+
+
+def without_labels(batches):
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_target_flops_needs_no_labels_and_then_there_is_no_score(batches, num_labels):
+    model = dropping_bert(num_labels=num_labels)
+    scored = choose_threshold_scale(model, batches, target_flops=0.6)
+    for unlabelled in (without_labels(batches), [batches[0], *without_labels(batches[1:])]):
+        set_threshold_scale(model, 1.0)
+        point = choose_threshold_scale(model, unlabelled, target_flops=0.6)
+        assert point == replace(scored, score=None) and isinstance(scored.score, float)
+        assert threshold_scale(model) == pytest.approx(point.scale)
+
+
+def test_what_is_scored_needs_labels(model, batches):
+    unlabelled = without_labels(batches)
+    with pytest.raises(ValueError, match="but no 'labels'"):
+        choose_threshold_scale(model, unlabelled, max_drop=0.1)
+    with pytest.raises(ValueError, match="but no 'labels'"):
+        choose_threshold_scale(model, unlabelled, target_flops=0.6, score=lambda logits, labels: 0.0)
+    with pytest.raises(ValueError, match="but no 'labels'"):
+        sweep_threshold_scale(model, unlabelled, [1.0])
+    with pytest.raises(ValueError, match=r"a batch is a list: give dicts of the model's keyword arguments$"):
+        choose_threshold_scale(model, [[1]], target_flops=0.6)
+    assert threshold_scale(model) == 1.0
 
 
 def test_the_whole_of_the_flops_needs_no_dropping_where_predictors_cost_nothing(model, batches, monkeypatch):
