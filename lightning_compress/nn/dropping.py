@@ -82,12 +82,16 @@ class DroppingEncoder(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run all layers over ``[B, T, D]``."""
+        """Run all layers over ``[B, T, D]``.
+
+        Raises:
+            ValueError: If the mask cannot be read, or, on a CPU, a text is all padding while the policy is active.
+        """
         extra = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
         policy: Any = self.policy
         state = real_BT = bias_BT = None
         if policy.is_active:
-            real_BT = real_tokens(attention_mask, hidden_states)
+            real_BT = _with_a_token_each(real_tokens(attention_mask, hidden_states))
             state = policy.begin(real_BT)
         if self.training and dist.is_available() and dist.is_initialized():
             hidden_states = hidden_states + _zero(policy)
@@ -120,6 +124,21 @@ def _first_in_front(hidden_BTD: Tensor, real_BT: Tensor) -> Tensor:
     first_B1D = hidden_BTD[rows_B, real_BT.long().argmax(dim=1)].unsqueeze(1)
     first_B1D = torch.where(real_BT[:, :1, None], hidden_BTD[:, :1], first_B1D)
     return torch.cat([first_B1D, hidden_BTD[:, 1:]], dim=1)
+
+
+def _with_a_token_each(real_BT: Tensor) -> Tensor:
+    """Refuse texts that are all padding where looking is free; elsewhere their first place counts as a token.
+
+    A device would have to be waited for in every step. Without a token in each text nothing that is averaged over
+    tokens would be a number, and with it the loss of the whole batch.
+    """
+    there_B1 = real_BT.any(dim=1, keepdim=True)
+    if real_BT.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.cat([real_BT[:, :1] | ~there_B1, real_BT[:, 1:]], dim=1)
+    if not bool(there_B1.all()):
+        empty = (~there_B1).flatten().nonzero().flatten().tolist()
+        raise ValueError(f"rows {empty} of the batch hold no token, only padding: leave them out")
+    return real_BT
 
 
 def _zero(policy: nn.Module) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.bottleneck_token_dropping import SoftBottleneckPolicy
+from lightning_compress.nn.contribution_token_dropping import SoftContributionPolicy
 from lightning_compress.nn.dropping import (
     DroppingEncoder,
     InputRecorder,
@@ -19,6 +22,7 @@ from lightning_compress.nn.dropping import (
 )
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module, replace_module
+from lightning_compress.nn.tape import Tape, TokensKept
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "electra": "Electra"}
 
@@ -226,3 +230,49 @@ def test_heads_find_the_first_token_of_texts_that_are_padded_on_the_left(classif
     alone = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     install(model, torch.ones(2, 5).bool())
     assert torch.allclose(model(**left).logits[:1], alone, atol=1e-5)
+
+
+def padding_in_row_1() -> dict[str, Tensor]:
+    mask_BT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    return {"input_ids": torch.tensor([[5, 6, 0], [0, 0, 0], [5, 6, 7]]), "attention_mask": mask_BT}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_is_all_padding_is_refused_where_looking_is_free(
+    classifier, family: str, training: bool
+) -> None:
+    model = classifier(family).train(training)
+    policy = install(model, torch.ones(2, 3).bool())
+    with pytest.raises(
+        ValueError, match=r"rows \[1\] of the batch hold no token, only padding: leave them out"
+    ):
+        model(**padding_in_row_1())
+    policy.is_active = False
+    assert model(**padding_in_row_1()).logits.isfinite().all(), "as the dense model"
+
+
+@pytest.mark.parametrize("policy", [SoftBottleneckPolicy, SoftContributionPolicy])
+@pytest.mark.parametrize("training", [False, True])
+def test_elsewhere_a_text_that_is_all_padding_has_no_nan_and_changes_no_other(
+    classifier, training: bool, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Any = (
+        {"threshold": 0.9, "shares_reach_encoder": False} if policy is SoftContributionPolicy else {}
+    )
+    model = classifier("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    path = describe(model).encoder
+    soft = policy(model.config.hidden_size, (0, 1), 4, 1, tape=Tape(), **settings)
+    soft.is_active, soft.noise = True, 0.0
+    replace_module(model, path, DroppingEncoder(get_module(model, path), soft))
+    inputs = padding_in_row_1()
+    others = {name: value[[0, 2]] for name, value in inputs.items()}
+    expected = model.train(training)(**others).logits
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # nothing is looked at then, as on a GPU
+    logits = model(**inputs).logits
+    logits.sum().backward()
+    assert torch.allclose(logits[[0, 2]], expected, atol=1e-5) and logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(bool((record.keep_BT.sum(dim=1) >= 1).all()) for record in soft.tape.read(TokensKept))
