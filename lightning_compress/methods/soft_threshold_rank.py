@@ -37,6 +37,7 @@ from lightning_compress.nn.surgery import (
     is_linear,
     linear_shape,
     new_linear,
+    replace_module,
     unwrap_adapter,
 )
 from lightning_compress.plan import PlanError
@@ -291,11 +292,13 @@ def pin(handle: SoftThresholdRankHandle) -> None:
     """
     config = handle.config
     margins = {path: _margin(layer, config.allocation) for path, layer in handle.layers.items()}
-    ranks = choose_ranks(margins, handle.sizes, handle.budget, config.rank_multiple, config.dense_above)
+    sizes = handle.sizes
+    ranks = choose_ranks(margins, sizes, handle.budget, config.rank_multiple, config.dense_above)
     for path, layer in handle.layers.items():
         order_M = margins[path].argsort(descending=True, stable=True)
         keep_mask_M = torch.zeros_like(layer.keep_mask_M)
-        keep_mask_M[order_M[: ranks[path]]] = True
+        is_dense = ranks[path] == sizes[path].full_rank  # a narrowed layer may have more directions than that
+        keep_mask_M[order_M[: None if is_dense else ranks[path]]] = True
         layer.pin(keep_mask_M)
     _enter(handle, "recovery")
 
@@ -314,6 +317,8 @@ def convert(handle: SoftThresholdRankHandle) -> dict[str, Any]:
     if handle.phase != "recovery":
         pin(handle)
     handle.ledger.revert()
+    for path, layer in handle.layers.items():
+        _fit_dense(handle.model, path, layer)
     ranks: dict[str, int] = {}
     merged: list[str] = []
     for path, layer in handle.layers.items():
@@ -451,6 +456,12 @@ def _distance(handle: SoftThresholdRankHandle) -> float:
         rank = min(int(share * handle.sizes[path].break_even), layer.full_rank - 1)
         cuts.append(float((layer.sigma_M.detach() / layer.scale).sort(descending=True).values[rank]))
     return sum(cuts) / len(cuts)
+
+
+def _fit_dense(model: nn.Module, path: str, layer: SoftThresholdLinear) -> None:
+    """Give the dense layer at ``path`` the shape of ``layer``, whose inputs or outputs may have left."""
+    if linear_shape(get_module(model, path)) != (layer.in_features, layer.out_features):
+        replace_module(model, path, layer.dense_blank().to_empty(device=layer.u_OM.device))
 
 
 @torch.no_grad()

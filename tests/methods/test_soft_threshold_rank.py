@@ -22,6 +22,8 @@ from lightning_compress.methods.soft_threshold_rank import (
 )
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
+from lightning_compress.nn.surgery import Ledger, successors_of
+from lightning_compress.nn.width_surgery import Widths, apply_widths, restore_widths
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from tests.toys import tiny_bert
 
@@ -302,3 +304,48 @@ def test_a_deepcopy_of_the_handle_drives_its_own_model() -> None:
     convert(twin)
     assert any(isinstance(m, LowRankLinear) for m in twin.model.modules())
     assert not any(isinstance(m, LowRankLinear) for m in handle.model.modules())
+
+
+def narrow(family: str) -> Widths:
+    neurons = tuple(range(0, 24 if family != "gpt2" else 64, 3))
+    hidden = tuple(range(12)) if family in ("gpt2", "llama") else None
+    return Widths(heads=((1,), None), neurons=(None, neurons), hidden=hidden)
+
+
+@pytest.mark.parametrize("phase", ["warmup", "search", "recovery"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama"])
+def test_what_was_narrowed_meanwhile_converts_to_its_narrow_form(family: str, phase: str) -> None:
+    model = tiny(family)
+    handle = prepare(model, config(target_params=0.5, warmup=0.2, search_end=1.0))
+    while handle.phase != phase:
+        update(handle, handle.progress + 0.05) if phase == "search" else pin(handle)
+    before, ledger = dict(model.named_parameters()), Ledger(model)
+    apply_widths(model, narrow(family), ledger)
+    if phase == "recovery":  # otherwise converting still chooses the ranks
+        narrowed = model(ids()).logits
+    structure = convert(handle)
+    if phase == "recovery":
+        assert torch.allclose(model(ids()).logits, narrowed, atol=1e-5)
+    fresh = tiny(family)
+    restore_widths(fresh, narrow(family).to_structure())
+    restore(fresh, structure)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids()).logits, model(ids()).logits)
+    found, now = successors_of([ledger, handle.ledger]), {id(p) for p in model.parameters()}
+    kept = {id(p) for name, p in before.items()} & now
+    reached = {id(heir) for name, p in before.items() for heir in found.get(id(p), [])}
+    assert reached | kept == now
+    for done in (handle.ledger, ledger):
+        done.revert()
+    shapes = {name: tensor.shape for name, tensor in tiny(family).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+
+
+def test_a_narrowed_layer_that_stays_dense_keeps_all_it_computes() -> None:
+    model = tiny("bert")
+    handle = prepare(model, config(target_params=1.0))
+    update(handle, 0.1)
+    apply_widths(model, Widths(((0,), (0,)), ((0, 1), (0, 1))), Ledger(model))
+    expected = model(ids()).logits
+    assert convert(handle) == {"ranks": {}}
+    assert torch.allclose(model(ids()).logits, expected, atol=1e-5)
