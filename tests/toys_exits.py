@@ -14,7 +14,7 @@ from lightning_compress.nn.exit_policy import ExitRule
 from lightning_compress.nn.exit_rules import make_exit_rule
 from lightning_compress.nn.segments import Segments, segment_sum
 
-__all__ = ["ToyExits", "add_exits", "alone", "together"]
+__all__ = ["ToyExits", "add_exits", "alone", "labelled_batches", "together"]
 
 
 class ToyExits:
@@ -93,3 +93,17 @@ def alone(model: nn.Module, exits: ToyExits, batch: dict[str, Tensor]) -> tuple[
         logits.append(found)
         depth.append(layers)
     return torch.stack(logits), depth
+
+
+def labelled_batches(lengths: list[list[int]], num_labels: int = 2) -> list[dict[str, Tensor]]:
+    """Ragged batches of random texts with random labels."""
+    batches = []
+    for seed, row in enumerate(lengths):
+        generator = torch.Generator().manual_seed(seed)
+        mask_BT = (torch.arange(max(row)) < torch.tensor(row)[:, None]).long()
+        ids_BT = torch.randint(2, 40, mask_BT.shape, generator=generator)
+        labels_B = torch.randint(0, num_labels, (len(row),), generator=generator)
+        batches.append(
+            {"input_ids": ids_BT.where(mask_BT > 0, 0), "attention_mask": mask_BT, "labels": labels_B}
+        )
+    return batches

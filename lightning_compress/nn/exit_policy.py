@@ -98,6 +98,10 @@ class ExitRule(nn.Module):
             )
         return float(threshold)
 
+    def nearest(self, threshold: float) -> float:
+        """Return the nearest threshold in range."""
+        return min(max(threshold, 0.0), self._highest())
+
     def asked_layers(self) -> list[int]:
         """Return the layers after which somebody might leave, so that the exit there has to be run."""
         if float(self.threshold) == self.off:

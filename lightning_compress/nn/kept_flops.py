@@ -8,7 +8,7 @@ Shape legend: B sequences, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,9 @@ from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe
 from lightning_compress.nn.exit_policy import ExitPolicy
 from lightning_compress.nn.flops import flops_per_token
 from lightning_compress.nn.surgery import get_module
+from lightning_compress.nn.width_slimming import as_deployed
 
-__all__ = ["DroppingCosts", "LastLayer", "count_kept_flops"]
+__all__ = ["DroppingCosts", "LastLayer", "count_exit_flops", "count_kept_flops"]
 
 LastLayer = Literal["all", "first"]
 """Whether the last layer runs on all kept tokens, or for the first (classification) token only."""
@@ -64,6 +65,7 @@ class DroppingCosts:
         """Read the costs off a model, as it is now. Arguments and errors are those of :func:`count_kept_flops`."""
         if last_layer not in ("all", "first"):
             raise ValueError(f'last_layer must be "all" or "first", got {last_layer!r}')
+        model = as_deployed(model)
         anatomy = describe(model)
         if anatomy.is_decoder or anatomy.is_head_per_token:
             raise ValueError(
@@ -171,6 +173,21 @@ def count_kept_flops(
     return costs.flops(kept_BL, lengths_B)
 
 
+def count_exit_flops(model: nn.Module, exits: ExitPolicy, asked: Iterable[int]) -> tuple[int, ...]:
+    """Count the FLOPs (2 MACs) of asking the exit after each layer for one example; 0 where none is asked.
+
+    Args:
+        model: A transformers encoder with heads in ``model.exits``, by ``str(layer)``.
+        exits: Whose rule, if it has weights, runs with every head.
+        asked: Layers whose exits are asked.
+    """
+    heads, rule, asked = get_module(model, "exits"), flops_per_token(exits.rule), set(asked)
+    return tuple(
+        flops_per_token(get_module(heads, str(layer))) + rule if layer in asked else 0
+        for layer in range(len(describe(model).layers))
+    )
+
+
 def _linear_flops(model: nn.Module, layer: LayerAnatomy, roles: Sequence[str] | None = None) -> int:
     paths = [slot.path for slot in layer.linears if roles is None or slot.role in roles]
     return sum(flops_per_token(get_module(model, path)) for path in paths)
@@ -197,14 +214,7 @@ def _exit_costs(model: nn.Module, anatomy: Anatomy, flops: int | Sequence[int] |
         return _of_each_layer("exit_flops", flops, num_layers)
     encoder = None if anatomy.encoder is None else get_module(model, anatomy.encoder)
     exits: ExitPolicy | None = getattr(encoder, "exits", None)
-    if exits is None:
-        return ()
-    asked, rule = set(exits.rule.asked_layers()), flops_per_token(exits.rule)
-    heads = get_module(model, "exits")
-    return tuple(
-        flops_per_token(get_module(heads, str(layer))) + rule if layer in asked else 0
-        for layer in range(num_layers)
-    )
+    return () if exits is None else count_exit_flops(model, exits, exits.rule.asked_layers())
 
 
 def _of_each_layer(name: str, flops: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
