@@ -20,7 +20,7 @@ from lightning_compress.nn.bottleneck_token_dropping import TokenSampler
 from lightning_compress.nn.contribution_token_dropping import ContributionPredictor
 from lightning_compress.nn.exit_rules import LearnedRule
 from lightning_compress.nn.factored_embedding import FactoredEmbedding, TiedHead
-from lightning_compress.nn.linear_slices import keep_rows, slice_at, slice_linear
+from lightning_compress.nn.linear_slices import check_sliceable, keep_rows, slice_at, slice_linear
 from lightning_compress.nn.multi_exit import ExitHead
 from lightning_compress.nn.surgery import Ledger, get_module, names_of, tie
 
@@ -76,6 +76,7 @@ def check_hidden(model: nn.Module, keep: Sequence[int] | None = None) -> None:
 
     Raises:
         ValueError: With the reason and the remedy.
+        TypeError: If there is something in the place of a linear that cannot be sliced.
     """
     anatomy, kept = describe(model), range(1) if keep is None else list(keep)
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= anatomy.hidden_size:
@@ -88,6 +89,9 @@ def check_hidden(model: nn.Module, keep: Sequence[int] | None = None) -> None:
         raise ValueError(
             f"the hidden width of this {type(model).__name__} cannot change: {reason}. Leave hidden at None"
         )
+    for path in (*(slot.path for slot in anatomy.linears), *anatomy.residual_readers):
+        if not isinstance(get_module(model, path), TiedHead):
+            check_sliceable(model, path)
 
 
 def _obstacle(model: nn.Module, anatomy: Anatomy) -> str | None:

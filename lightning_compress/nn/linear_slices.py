@@ -9,6 +9,7 @@ Shape legend: I in features, O out features, K kept ones, M directions of a fact
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lightning_compress.nn.adapters import check_foldable
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
 from lightning_compress.nn.surgery import Ledger, get_module, is_linear
 
-__all__ = ["keep_rows", "slice_at", "slice_linear"]
+__all__ = ["check_sliceable", "keep_rows", "slice_at", "slice_linear"]
 
 Indices = Sequence[int] | Tensor
 
@@ -51,10 +52,20 @@ def slice_linear(module: nn.Module, inputs: Indices | None = None, outputs: Indi
     elif is_linear(module):
         _slice_dense(module, inputs, outputs)
     else:
-        raise TypeError(
-            f"{type(module).__name__} is no linear layer that can be sliced: it must be nn.Linear, Conv1D or one of "
-            "this library's low-rank forms. Load the model without quantisation"
-        )
+        raise _no_linear(module)
+
+
+def check_sliceable(root: nn.Module, path: str) -> None:
+    """Refuse what :func:`slice_at` cannot slice.
+
+    Raises:
+        TypeError: If what sits at ``path``, or what an adapter there is around, is no linear layer.
+        ValueError: If there is an adapter that is more than plain LoRA.
+    """
+    for inner, _, _ in _parts(root, path):
+        module = get_module(root, inner)
+        if not is_linear(module) and not isinstance(module, SoftThresholdLinear | LowRankLinear):
+            raise _no_linear(module, f" at {inner}")
 
 
 def slice_at(
@@ -85,6 +96,13 @@ def keep_rows(parameter: nn.Parameter, kept: Indices, dim: int = 0) -> nn.Parame
     return nn.Parameter(parameter.detach().index_select(dim, index_K), requires_grad=parameter.requires_grad)
 
 
+def _no_linear(module: nn.Module, where: str = "") -> TypeError:
+    return TypeError(
+        f"{type(module).__name__}{where} is no linear layer that can be sliced: it must be nn.Linear, Conv1D or one of "
+        "this library's low-rank forms. Load the model without quantisation"
+    )
+
+
 def _slice_dense(module: nn.Module, inputs: Indices | None, outputs: Indices | None) -> None:
     is_transposed = isinstance(module, Conv1D)
     names = ("nx", "nf") if is_transposed else ("in_features", "out_features")
@@ -98,12 +116,19 @@ def _slice_dense(module: nn.Module, inputs: Indices | None, outputs: Indices | N
 
 def _parts(root: nn.Module, path: str) -> Iterator[tuple[str, bool, bool]]:
     """Yield the path of each linear at ``path``, and whether it reads the layer's inputs and gives its outputs."""
-    wrapper = get_module(root, path)
+    wrapper: Any = get_module(root, path)
+    if isinstance(
+        getattr(wrapper, "original_module", None), nn.Module
+    ):  # peft's copies that are trained whole
+        yield f"{path}.original_module", True, True
+        for name in wrapper.modules_to_save:
+            yield f"{path}.modules_to_save.{name}", True, True
+        return
     if not isinstance(getattr(wrapper, "base_layer", None), nn.Module):
         yield path, True, True
         return
     check_foldable(f"{path}.base_layer", wrapper)
     yield f"{path}.base_layer", True, True
-    for name in wrapper.lora_A:  # type: ignore[union-attr]
+    for name in wrapper.lora_A:
         yield f"{path}.lora_A.{name}", True, False
         yield f"{path}.lora_B.{name}", False, True

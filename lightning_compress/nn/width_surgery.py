@@ -20,7 +20,7 @@ from torch import nn
 from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe, find_transformer
 from lightning_compress.nn.factored_embedding import check_embedding_rank, factor_embedding
 from lightning_compress.nn.hidden_slices import check_hidden, slice_hidden
-from lightning_compress.nn.linear_slices import slice_at
+from lightning_compress.nn.linear_slices import check_sliceable, slice_at
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.plan import PlanError
 
@@ -118,6 +118,7 @@ def apply_widths(model: nn.Module, widths: Widths, ledger: Ledger) -> None:
 
     Raises:
         ValueError: If the widths do not fit the model; nothing has been changed then.
+        TypeError: If there is something in the place of a linear that cannot be sliced; nor then.
     """
     _check(model, widths)
     _cut(model, widths, ledger, decompose=True)
@@ -241,6 +242,9 @@ def _check(model: nn.Module, widths: Widths) -> None:
             _check_kept("heads", anatomy.index, heads, anatomy.num_key_value_heads)
         if neurons is not None:
             _check_kept("neurons", anatomy.index, neurons, anatomy.intermediate_size)
+        if heads is not None or neurons is not None:
+            for slot in anatomy.linears:
+                check_sliceable(model, slot.path)
     if widths.embedding_rank is not None:
         check_embedding_rank(model, widths.embedding_rank)
     if widths.hidden is not None:

@@ -26,6 +26,8 @@ from lightning_compress.nn.width_surgery import (
     slice_neurons,
 )
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
+from lightning_compress.runtime.packing import pack, unpack
+from lightning_compress.runtime.static import make_static
 
 CLASSIFIERS = [
     ("bert", "BertForSequenceClassification"),
@@ -290,3 +292,72 @@ def test_bert_base_shrinks_to_the_sizes_of_the_paper(heads, neurons, rank, milli
     macs = 12 * 128 * (4 * 768 * width + 2 * 768 * neurons + 2 * 128 * width) + 128 * rank * 768
     assert count_flops(model, [128]).total == 2 * macs
     assert macs / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+POST_NORM = CLASSIFIERS[:4]
+
+
+@pytest.mark.parametrize("is_packed_first", [True, False])
+@pytest.mark.parametrize(("model_type", "name"), POST_NORM)
+def test_the_packed_engine_runs_narrow_layers(tiny, model_type, name, is_packed_first) -> None:
+    model = lively(tiny(model_type, name, num_labels=3)).double()
+    twin, widths = copy.deepcopy(model), some_widths(model)
+    apply_widths(model, widths, Ledger(model))
+    expected = logits(model)
+    if is_packed_first:
+        pack(twin)
+        logits(twin)  # query, key and value are one product now
+    apply_widths(twin, widths, Ledger(twin))
+    pack(twin)
+    for _ in range(2):
+        assert torch.allclose(logits(twin), expected, atol=1e-12)
+    assert torch.allclose(logits(unpack(twin)), expected, atol=1e-12)
+
+
+def test_narrow_layers_run_at_static_shapes_too(tiny) -> None:
+    model = lively(tiny("bert", "BertForSequenceClassification"))
+    apply_widths(model, some_widths(model), Ledger(model))
+    expected = logits(model)
+    assert torch.allclose(logits(make_static(model)), expected, atol=1e-5)
+
+
+def test_half_precision_models_are_cut_as_they_are(tiny) -> None:
+    model = lively(tiny("bert", "BertForSequenceClassification")).bfloat16()
+    apply_widths(model, some_widths(model), Ledger(model))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert bool(logits(model).isfinite().all())
+
+
+def test_what_is_quantised_is_refused_before_anything_changes(tiny) -> None:
+    model = tiny("bert", "BertModel")
+    model.encoder.layer[1].output.dense = nn.Bilinear(2, 2, 2)
+    model.encoder.layer[1].output.dense.in_features = model.encoder.layer[1].output.dense.out_features = 48
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with pytest.raises(TypeError, match=r"Bilinear at encoder\.layer\.1\.output\.dense is no linear layer"):
+        apply_widths(model, Widths(((0,), (0,)), (None, None)), Ledger(model))
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == before
+
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize(("model_type", "name"), [CLASSIFIERS[0], CLASSIFIERS[2], CLASSIFIERS[5]])
+def test_models_with_lora_are_cut_with_their_adapters(tiny, model_type, name) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny(model_type, name, num_labels=3)
+    targets = sorted({slot.path.rpartition(".")[2] for slot in describe(model).linears})
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets, init_lora_weights=False)
+    whole = peft.get_peft_model(model, lora)
+    merged = copy.deepcopy(whole).merge_and_unload()
+    widths = some_widths(model)
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    for cut in (model, merged):
+        apply_widths(cut, Widths(widths.heads, widths.neurons, hidden=tuple(range(32))), Ledger(cut))
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    ledger = Ledger(model)
+    apply_widths(model, Widths((None,) * 2, (None,) * 2, hidden=(0, 3, 5)), ledger)
+    assert logits(model).shape == (2, 3) and describe(model).hidden_size == 3
+    assert {p.shape[-1] for name, p in model.named_parameters() if "query.lora_A" in name} <= {3}
+    ledger.revert()
+    assert describe(model).hidden_size == 32 and logits(model).shape == (2, 3)
