@@ -9,35 +9,19 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.nn.surgery import (
     Ledger,
-    carry_hooks,
     dense_weight,
-    get_module,
     is_linear,
     linear_shape,
     names_of,
     new_linear,
     remove_hook,
-    replace_module,
     successors_of,
     tie,
-    unwrap_adapter,
 )
 
 
 def nested() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Linear(3, 4))
-
-
-def test_a_missing_path_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no module at path '0\.7'"):
-        get_module(nested(), "0.7")
-
-
-def test_replacing_returns_the_old_module_and_carries_the_mode_over() -> None:
-    model = nested().eval()
-    old, new = model[0][0], nn.Linear(2, 3)
-    assert replace_module(model, "0.0", new) is old
-    assert model[0][0] is new and not new.training
 
 
 def test_conv1d_is_a_transposed_linear() -> None:
@@ -57,13 +41,6 @@ def test_a_new_linear_follows_dtype_and_device() -> None:
     made = new_linear(like, 3, 4, bias=False)
     assert made.weight.shape == (4, 3) and made.weight.dtype == torch.float64 and made.weight.is_meta
     assert made.bias is None
-
-
-def test_adapters_are_looked_through() -> None:
-    wrapper = nn.Module()
-    wrapper.base_layer = nn.Linear(2, 2)
-    model = nn.Sequential(wrapper, nn.Linear(2, 2))
-    assert (unwrap_adapter(model, "0"), unwrap_adapter(model, "1")) == ("0.base_layer", "1")
 
 
 def test_a_stale_parameter_knows_its_successors_and_a_reused_bias_is_not_stale() -> None:
@@ -146,20 +123,6 @@ def test_hooks_that_follow_stay_in_place_through_replacement_and_revert() -> Non
         model[0].bias.fill_(1.0)
     assert torch.equal(model(x), torch.full((3, 2), 3.0))
     assert not between._forward_pre_hooks and not between._forward_hooks
-
-
-def test_hooks_with_keywords_stay_such_hooks() -> None:
-    seen: list[dict] = []
-
-    def gate(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(kwargs)
-
-    gate.follows_module = True
-    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
-    old.register_forward_pre_hook(gate, with_kwargs=True)
-    carry_hooks(old, new)
-    new(input=torch.ones(1, 2))
-    assert [list(kwargs) for kwargs in seen] == [["input"]] and not old._forward_pre_hooks_with_kwargs
 
 
 def test_other_hooks_stay_with_their_module_and_come_back_with_the_blank() -> None:
