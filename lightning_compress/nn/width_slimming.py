@@ -182,7 +182,7 @@ class WidthGates(nn.Module):
         self.embeddings = RankGate(table.weight.shape[1]) if embeddings else None  # type: ignore[union-attr,arg-type]
         self.hidden = HiddenGate(anatomy.hidden_size) if hidden else None
         self.multipliers = nn.Parameter(torch.zeros(2)) if learned else None
-        self._hooks: list[_GateHook] = []
+        self._hooks: list[Any] = []
 
     @classmethod
     def install(cls, model: nn.Module, **kinds: bool) -> WidthGates:
@@ -267,7 +267,7 @@ class WidthGates(nn.Module):
                 if not isinstance(get_module(model, path), nn.Embedding):  # norms follow tables
                     self._hook(model, path, _GateNorm(self.hidden))
 
-    def _hook(self, model: nn.Module, path: str, hook: _GateHook) -> None:
+    def _hook(self, model: nn.Module, path: str, hook: Any) -> None:
         module = get_module(model, path)
         if isinstance(hook, _GateInput):
             module.register_forward_pre_hook(hook)
@@ -302,7 +302,7 @@ class _GateHook:
 
     follows_module = True
 
-    def __init__(self, gate: nn.Module) -> None:
+    def __init__(self, gate: Any) -> None:
         self.gate = gate
 
 
@@ -318,14 +318,12 @@ class _GateOutput(_GateHook):
 
 class _GateNorm(_GateHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        gate: Any = self.gate
-        if gate.is_open:
+        if self.gate.is_open:
             return output
-        if (
-            module.weight is not None and module.weight.dim() > 1
-        ):  # a projection, no norm: closed dimensions are zero
-            return gate(output)
-        return masked_norm(module, args[0], gate.gate_K)
+        weight: Any = module.weight
+        if weight is not None and weight.dim() > 1:  # a projection, no norm: closed dimensions are zero
+            return self.gate(output)
+        return masked_norm(module, args[0], self.gate.gate_K)
 
 
 def _is_closing(gate: Any) -> bool:
@@ -368,6 +366,7 @@ def masked_norm(norm: nn.Module, x_BD: Tensor, keep_D: Tensor) -> Tensor:
     """
     keep_D = keep_D.to(torch.float32)
     count, wide_BD = keep_D.sum(), x_BD.to(torch.float32)
+    weight_D: Any = norm.weight
     bias_D: Any = getattr(norm, "bias", None)
     if isinstance(norm, nn.LayerNorm):
         wide_BD = wide_BD - (wide_BD * keep_D).sum(-1, keepdim=True) / count
@@ -375,6 +374,6 @@ def masked_norm(norm: nn.Module, x_BD: Tensor, keep_D: Tensor) -> Tensor:
     else:
         epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None) or 0.0))
     variance_B1 = (wide_BD.square() * keep_D).sum(-1, keepdim=True) / count
-    normed_BD = (wide_BD * torch.rsqrt(variance_B1 + epsilon)).to(x_BD.dtype) * norm.weight
+    normed_BD = (wide_BD * torch.rsqrt(variance_B1 + epsilon)).to(x_BD.dtype) * weight_D
     normed_BD = normed_BD if bias_D is None else normed_BD + bias_D
     return normed_BD * keep_D.to(normed_BD.dtype)

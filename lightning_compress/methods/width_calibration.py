@@ -1,0 +1,145 @@
+"""Importance from a separate pass: some recorded batches, weights at rest, no dropout, and the loss of every exit.
+
+Ordinary training steps give importance for nothing; this pass costs a forward and a backward pass for each recorded
+batch at each step of the schedule. The next chapter is :mod:`lightning_compress.methods.width_slimming`.
+
+Shape legend: B batch, T padded length, C classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.nn.importance import ImportanceMeter
+from lightning_compress.nn.multi_exit import exit_logits, has_exits
+
+__all__ = ["BatchRecorder", "measure_importance"]
+
+
+class BatchRecorder:
+    """Keeps what a model was called with in its latest training passes.
+
+    Args:
+        size: How many batches are kept; 0 records nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.batches: list[dict[str, Tensor]] = []
+        self._recent: list[dict[str, Tensor]] = []
+        self._is_paused = False
+        self._handle: RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> BatchRecorder:
+        """Listen to a model."""
+        if self.size:
+            self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        return self
+
+    def detach(self) -> None:
+        """Stop listening, and forget everything."""
+        self.batches, self._recent = [], []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the tensors of a training pass; they become part of the state by :meth:`settle`."""
+        if module.training and torch.is_grad_enabled() and not self._is_paused:
+            names = list(inspect.signature(module.forward).parameters)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self._recent.append({k: v.detach().clone() for k, v in given.items() if isinstance(v, Tensor)})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not listen for a while."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def settle(self) -> None:
+        """Count what was noted; a run that stops inside a batch does that batch again."""
+        self.batches = [*self.batches, *self._recent][-self.size :] if self.size else []
+        self._recent = []
+
+
+def measure_importance(
+    model: nn.Module,
+    meter: ImportanceMeter,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    per_exit: bool = False,
+) -> None:
+    """Add the importance of some batches, in evaluation mode; no gradient is left on any parameter.
+
+    The loss is the sum over the exits' label losses, where a model has exits, and the model's own. With ``per_exit``
+    each of them is a pass of its own, so that exits cannot cancel each other.
+
+    Args:
+        model: The model.
+        meter: Where scores are added.
+        batches: Arguments of the model's forward, labels among them.
+        per_exit: Whether scores are added exit by exit.
+
+    Raises:
+        ValueError: If a batch has no labels.
+
+    Paper: COST-EFF, specification §3.2 and §6-B, A1.
+    Departs from the paper: labels alone, where the official code adds what its teacher says.
+    """
+    parameters, device = meter.parameters(), next(model.parameters()).device
+    with _evaluating(model), torch.enable_grad():
+        for batch in batches:
+            losses = _losses(model, {name: value.to(device) for name, value in batch.items()})
+            losses = losses if per_exit else [torch.stack(losses).sum()]
+            for index, loss in enumerate(losses):
+                more = index + 1 < len(losses)
+                found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+                gradients = {id(p): gradient for p, gradient in zip(parameters, found, strict=True)}
+                meter.add(lambda parameter, known=gradients: known.get(id(parameter)))
+
+
+def _losses(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Label losses of all exits, the model's own last."""
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"calibration_batches needs labels to compute a loss, but the model was called with {sorted(batch)}: pass "
+            "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
+        )
+    loss = model(**batch).loss
+    early = exit_logits(model).values() if has_exits(model) else ()
+    return [*(_label_loss(logits, labels) for logits in early), loss]
+
+
+def _label_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
+    if logits_BC.dim() == 3:  # a language model: each token predicts the next one
+        logits_BC, labels = logits_BC[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    if logits_BC.shape[-1] == 1:
+        return F.mse_loss(logits_BC.squeeze(-1), labels.to(logits_BC.dtype).view(-1))
+    if labels.shape == logits_BC.shape:
+        return F.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC.dtype))
+    return F.cross_entropy(logits_BC, labels.view(-1))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all parts in evaluation mode; the model's own flag stays up, so that no example leaves by an exit."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    model.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

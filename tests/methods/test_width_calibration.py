@@ -1,0 +1,80 @@
+"""A separate pass for importance, against gradients taken by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
+from lightning_compress.nn.importance import ImportanceMeter
+from lightning_compress.nn.layer_taps import LayerTaps
+from lightning_compress.nn.multi_exit import exit_logits, install_exits
+from tests.toys import tiny_bert
+from tests.toys_widths import batch
+
+
+def test_the_pass_sums_the_scores_of_its_batches() -> None:
+    model = tiny_bert(hidden_dropout_prob=0.5).train()
+    batches = [batch(4), {name: value.flip(0) for name, value in batch(6).items()}]
+    meter, expected = ImportanceMeter(model), ImportanceMeter(model)
+    measure_importance(model, meter, batches)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    model.eval()
+    for one in batches:
+        model.zero_grad()
+        model(**one).loss.backward()
+        expected.add()
+    assert meter.num_passes == 2
+    for layer, reference in zip(meter.layers, expected.layers, strict=True):
+        assert torch.allclose(layer.heads_G, reference.heads_G)
+        assert torch.allclose(layer.neurons_F, reference.neurons_F)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_all_exits_have_a_say(per_exit: bool) -> None:
+    torch.manual_seed(0)
+    model = tiny_bert(num_hidden_layers=3)
+    install_exits(model, [0, 1], pooling="cls", pooler=False, dropout=0.1)
+    LayerTaps.of(model)
+    one, meter, expected = batch(), ImportanceMeter(model), ImportanceMeter(model)
+    measure_importance(model, meter, [one], per_exit=per_exit)
+    model.eval()
+    loss = model(**one).loss
+    early = [F.cross_entropy(logits_BC, one["labels"]) for logits_BC in exit_logits(model).values()]
+    assert len(early) == 2
+    for part in [*early, loss] if per_exit else [sum([*early, loss])]:
+        model.zero_grad()
+        part.backward(retain_graph=True)
+        expected.add()
+    assert meter.num_passes == (3 if per_exit else 1)
+    for layer, reference in zip(meter.layers, expected.layers, strict=True):
+        assert torch.allclose(layer.neurons_F, reference.neurons_F, rtol=1e-4)
+
+
+def test_batches_without_labels_are_refused_with_the_remedy() -> None:
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="calibration_batches=0"):
+        measure_importance(model, ImportanceMeter(model), [{"input_ids": batch()["input_ids"]}])
+
+
+def test_the_recorder_keeps_the_latest_training_batches() -> None:
+    model = tiny_bert()
+    recorder = BatchRecorder(2).attach(model)
+    for size in (1, 2, 3):
+        model.train()(batch(size)["input_ids"], labels=batch(size)["labels"])
+    model.eval()(batch(5)["input_ids"])
+    assert recorder.batches == []  # not part of the state yet
+    recorder.settle()
+    assert [len(one["labels"]) for one in recorder.batches] == [2, 3]
+    assert set(recorder.batches[0]) == {"input_ids", "labels"}
+    recorder.detach()
+    assert not model._forward_pre_hooks and recorder.batches == []
+
+
+def test_a_recorder_of_nothing_does_not_listen() -> None:
+    model = tiny_bert()
+    recorder = BatchRecorder(0).attach(model)
+    assert not model._forward_pre_hooks
+    recorder.settle()
+    assert recorder.batches == []

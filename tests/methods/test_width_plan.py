@@ -1,0 +1,86 @@
+"""Wishes in counts and shares, of single widths and of everything together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_compress.methods.width_plan import plan_widths
+from lightning_compress.methods.width_slimming import WidthSlimmingConfig
+from lightning_compress.nn.importance import LayerScores
+from lightning_compress.nn.width_budget import Counts
+from tests.toys import tiny_bert
+
+
+def planned(model: Any = None, **wish: Any) -> Any:
+    return plan_widths(tiny_bert() if model is None else model, WidthSlimmingConfig(**wish))
+
+
+def test_counts_are_taken_as_they_are() -> None:
+    plan = planned(heads=3, ffn=37, embedding_rank=9)
+    assert plan.final == Counts((3, 3), (37, 37), 9) and plan.dense == Counts((4, 4), (64, 64), 32)
+    assert plan.steps == 1 and not plan.is_joint
+
+
+def test_shares_are_rounded_to_multiples() -> None:
+    plan = planned(heads=0.6, ffn=0.4, embedding_rank=0.3)
+    assert plan.final == Counts((2, 2), (24, 24), 10)
+    assert planned(ffn=0.4, ffn_multiple=16).final.neurons_L == (32, 32)
+
+
+def test_all_of_it_is_not_touched() -> None:
+    plan = planned(heads=1.0, ffn=1.0, embedding_rank=32)
+    assert plan.final == plan.dense and plan.final.embedding_rank is None
+
+
+@pytest.mark.parametrize(("heads", "steps"), [(3, 1), (1, 3), (4, 8)])
+def test_there_is_a_step_for_each_head_lost(heads: int, steps: int) -> None:
+    assert planned(heads=heads, ffn=8).steps == steps
+    assert planned(heads=heads, ffn=8, steps=5).steps == 5
+
+
+def test_with_grouped_queries_heads_leave_in_groups(tiny: Any) -> None:
+    model = tiny("llama", "LlamaForSequenceClassification")
+    assert planned(model, heads=2).final.heads_L == (1, 1)
+    with pytest.raises(ValueError, match=r"heads=3 must be at most 4.*whole groups of 2"):
+        planned(model, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"heads": 5}, "heads=5 must be at most 4"),
+        ({"ffn": 65}, "ffn=65 is more than the 64 neurons"),
+        ({"embedding_rank": 33}, "embedding_rank=33 is more than the model has, 32"),
+    ],
+)
+def test_more_than_there_is_is_refused(wish: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**wish)
+
+
+def test_models_without_heads_and_neurons_are_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="no attention heads and FFN neurons"):
+        planned(tiny("mamba", "MambaForCausalLM"))
+
+
+def test_competing_layers_share_the_counts_of_their_kind_where_counts_are_given() -> None:
+    plan = planned(heads=2, ffn=0.5, ranking="global")
+    torch.manual_seed(0)
+    scores = [LayerScores(torch.rand(4) + layer, torch.rand(64) + layer) for layer in range(2)]
+    kept = [LayerScores(torch.ones(4), torch.ones(64)) for _ in range(2)]
+    masks = plan.compete(scores, kept, plan.final, plan.steps, per_cost=True)
+    assert [int(mask.heads_G.sum()) for mask in masks] == [1, 3]
+    assert sum(int(mask.neurons_F.sum()) for mask in masks) == 64
+
+
+def test_heads_and_neurons_share_one_budget_under_a_target() -> None:
+    plan = planned(target_params=0.6, ranking="global")
+    scores = [LayerScores(torch.zeros(4), torch.ones(64)) for _ in range(2)]
+    kept = [LayerScores(torch.ones(4), torch.ones(64)) for _ in range(2)]
+    masks = plan.compete(scores, kept, plan.final, plan.steps, per_cost=True)
+    assert [int(mask.heads_G.sum()) for mask in masks] == [1, 1]
+    counts = Counts((1, 1), tuple(int(mask.neurons_F.sum()) for mask in masks))
+    assert plan.costs.of(counts) <= plan.budget < plan.costs.of(Counts((1, 1), (64, 64)))
