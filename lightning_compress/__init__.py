@@ -15,18 +15,29 @@ from lightning_compress.deploy import attach_plan, load, plan_of, save_pretraine
 from lightning_compress.losses import (
     BottleneckTokenDroppingLossMixin,
     ContributionTokenDroppingLossMixin,
+    DistillationLossMixin,
     InformationBottleneckLossMixin,
+    MultiExitLossMixin,
     SoftThresholdRankLossMixin,
+    WidthSlimmingLossMixin,
 )
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
+from lightning_compress.methods.distillation import DistillationConfig
+from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.methods.width_slimming import WidthSlimmingConfig
 from lightning_compress.plan import CompressionPlan, PlanError
 from lightning_compress.runtime import pack, unpack
 from lightning_compress.runtime.dial import (
     choose_threshold_scale,
     set_threshold_scale,
     sweep_threshold_scale,
+)
+from lightning_compress.runtime.exit_dial import (
+    choose_exit_threshold,
+    set_exit_threshold,
+    sweep_exit_threshold,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +47,10 @@ if TYPE_CHECKING:
         CompressionMixin,
         CompressionReport,
         ContributionTokenDropping,
+        Distillation,
+        MultiExit,
         SoftThresholdRank,
+        WidthSlimming,
         convert,
     )
 
@@ -52,20 +66,32 @@ __all__ = [
     "Compressor",
     "ContributionTokenDroppingConfig",
     "ContributionTokenDroppingLossMixin",
+    "Distillation",
+    "DistillationConfig",
+    "DistillationLossMixin",
     "InformationBottleneckLossMixin",
+    "MultiExit",
+    "MultiExitConfig",
+    "MultiExitLossMixin",
     "PlanError",
     "SoftThresholdRank",
     "SoftThresholdRankConfig",
     "SoftThresholdRankLossMixin",
+    "WidthSlimming",
+    "WidthSlimmingConfig",
+    "WidthSlimmingLossMixin",
     "__version__",
     "attach_plan",
+    "choose_exit_threshold",
     "choose_threshold_scale",
     "convert",
     "load",
     "pack",
     "plan_of",
     "save_pretrained",
+    "set_exit_threshold",
     "set_threshold_scale",
+    "sweep_exit_threshold",
     "sweep_threshold_scale",
     "unpack",
 ]
@@ -76,7 +102,10 @@ _NEED_LIGHTNING = (
     "CompressionMixin",
     "CompressionReport",
     "ContributionTokenDropping",
+    "Distillation",
+    "MultiExit",
     "SoftThresholdRank",
+    "WidthSlimming",
     "convert",
 )
 

@@ -7,7 +7,7 @@ The callbacks drive a :class:`Compressor`; so can a bare PyTorch loop::
     optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=2e-5)
     for step, batch in enumerate(batches):
         compressor.update(step / len(batches))
-        loss = model(**batch).loss + sum(compressor.take_loss_terms().values())
+        loss = compressor.task_weight * model(**batch).loss + sum(compressor.take_loss_terms().values())
         loss.backward()
         compressor.step(optimizer)
         optimizer.step()
@@ -18,6 +18,7 @@ The callbacks drive a :class:`Compressor`; so can a bare PyTorch loop::
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,9 +30,11 @@ from lightning_compress.auxiliary import AuxiliaryOptimizer
 from lightning_compress.losses import TERMS
 from lightning_compress.methods import (
     METHODS,
+    GradientReader,
     MethodConfig,
     MethodHandle,
     config_from_dict,
+    leaves_no_trace,
     method_named,
     restore,
 )
@@ -41,6 +44,8 @@ from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 __all__ = ["Compressor"]
 
 _STATE_SCHEMA = 1
+_TASK_TERMS = ("multi_exit/labels", "multi_exit/final")
+"""Terms that belong to the task, as what they teach comes from no teacher."""
 
 
 class Compressor:
@@ -72,7 +77,9 @@ class Compressor:
         self._records: tuple[MethodRecord, ...] = self._loaded
         self._ledgers: list[Ledger] = []
         self._auxiliary = AuxiliaryOptimizer(())
+        self._finished: dict[str, dict[str, Any]] = {}
         self._taken: set[str] = set()
+        self._is_task_weighed = False
         self._stale: list[nn.Parameter] = []
         for config in configs:
             self.add(config)
@@ -98,7 +105,12 @@ class Compressor:
     @property
     def is_converted(self) -> bool:
         """Whether the model is in its deployed structure."""
-        return bool(self._records) and not self.handles
+        return bool(self._records or self._finished) and not self.handles
+
+    @property
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Settings of methods that ended without leaving anything in the model, by stem; no plan tells of them."""
+        return dict(self._finished)
 
     @property
     def is_on_target(self) -> bool:
@@ -165,8 +177,22 @@ class Compressor:
 
     def begin_step(self) -> None:
         """Forget which loss terms were taken, and count what earlier passes gathered: a new forward pass begins."""
-        self._taken = set()
+        self._taken, self._is_task_weighed = set(), False
         self._end_pass()
+
+    @property
+    def task_weight(self) -> float:
+        """What the task's own loss is to be multiplied with in the coming step, as the methods together have it."""
+        return math.prod(getattr(handle, "task_weight", 1.0) for handle in self.handles.values())
+
+    def take_task_weight(self) -> float:
+        """Return :attr:`task_weight`, once; 1 if somebody took it or loss terms since :meth:`begin_step`.
+
+        Whoever takes terms himself has an objective of his own, and weighs the task in it.
+        """
+        is_taken = self._is_task_weighed or bool(self._taken)
+        self._is_task_weighed = True
+        return 1.0 if is_taken else self.task_weight
 
     def take_loss_terms(self, stem: str | None = None) -> dict[str, Tensor]:
         """Return weighted scalar loss terms by name ``<stem>/<term>`` and mark them as taken.
@@ -177,11 +203,17 @@ class Compressor:
         stems = [s for s in self.handles if s not in self._taken] if stem is None else [stem]
         self._taken.update(stems)
         handles = {s: self.handles[s] for s in stems if s in self.handles}
-        return {f"{s}/{name}": term for s, h in handles.items() for name, term in TERMS[s](h).items()}
+        terms = {f"{s}/{name}": term for s, h in handles.items() for name, term in TERMS[s](h).items()}
+        weight = self.task_weight
+        weighed = [name for name in _TASK_TERMS if name in terms and weight != 1.0]
+        return {**terms, **{name: weight * terms[name] for name in weighed}}
 
     def step(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """Step the auxiliary parameters and clear moments that a change of phase made stale in ``optimizers``."""
         self._end_pass()
+        for handle in self.handles.values():
+            if isinstance(handle, GradientReader):
+                handle.read_gradients()
         self._auxiliary.step(scaler)
         self.clear_stale_moments(optimizers)
 
@@ -245,8 +277,12 @@ class Compressor:
             state = "converted already" if self.is_converted else "not prepared"
             raise ValueError(f"the model is {state}: convert needs a model in training form")
         for stem, handle in list(self.handles.items()):
-            structure = method_named(stem).convert(handle)
-            self._records += (MethodRecord(stem, "converted", handle.config.to_dict(), structure),)
+            method = method_named(stem)
+            structure, config = method.convert(handle), handle.config.to_dict()
+            if leaves_no_trace(method):
+                self._finished[stem] = config
+            else:
+                self._records += (MethodRecord(stem, "converted", config, structure),)
             self._ledgers.append(handle.ledger)
         self.handles = {}
         self._follow_handles()
@@ -267,7 +303,7 @@ class Compressor:
             )
         for ledger in reversed(self._all_ledgers()):
             ledger.revert()
-        self.handles, self._records, self._ledgers = {}, self._loaded, []
+        self.handles, self._records, self._ledgers, self._finished = {}, self._loaded, [], {}
         done = tuple(record for record in plan.methods if record.stage == "converted")
         self._ledgers = restore(self.model, CompressionPlan(plan.model_type, done[len(self._loaded) :]))
         self._records = done

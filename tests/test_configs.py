@@ -38,6 +38,7 @@ def has_a_policy_that_drops_tokens(model: nn.Module) -> bool:
 IS_COMPRESSED = {
     "bottleneck_token_dropping": has_a_policy_that_drops_tokens,
     "contribution_token_dropping": has_a_policy_that_drops_tokens,
+    "distillation": has_half_of_the_linear_weights,
     "soft_threshold_rank": has_half_of_the_linear_weights,
 }
 

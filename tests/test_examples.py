@@ -16,6 +16,7 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 SAID = {
     "bottleneck_token_dropping": "of the tokens kept",
     "contribution_token_dropping": "of the tokens kept",
+    "distillation": "linear weights",
     "soft_threshold_rank": "linear weights",
 }
 """What an example says of the model that it leaves."""

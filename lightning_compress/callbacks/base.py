@@ -160,13 +160,19 @@ class _Attached:
         """Under manual optimization, where the returned loss is ignored, add the terms' gradients once per step."""
         super().on_before_backward(loss)  # type: ignore[misc]
         session = _session(self)
-        if not self.automatic_optimization and session.owes_terms:  # type: ignore[attr-defined]
+        if self.automatic_optimization:  # type: ignore[attr-defined]
+            return
+        if session.owes_terms:
             session.owes_terms = False
+            session.task_weight = _compressor(self).take_task_weight()
             scaler = _scaler(self)
             scale = 1.0 if scaler is None else scaler.get_scale()
             terms = session.remaining_terms()
             session.terms = {name: term.detach() for name, term in terms.items()}
             add_gradients(terms.values(), self.parameters(), scale)  # type: ignore[attr-defined]
+        weight = session.task_weight
+        if weight != 1.0 and loss.requires_grad:
+            loss.register_hook(lambda gradient: weight * gradient)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the auxiliary parameters along with the user's optimizer of the compressed layers, once a batch."""
@@ -328,15 +334,19 @@ def _training_step(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     output = inner(*args, **kwargs)
     if not module.automatic_optimization or output is None:
         return output
-    terms = compressor.take_loss_terms()
+    weight, terms = compressor.take_task_weight(), compressor.take_loss_terms()
     session.terms = {name: term.detach() for name, term in terms.items()}
     if not module.trainer.barebones:
         numbers = compressor.metrics() if session.is_logging_due(module.trainer) else {}
         module.log_dict({f"compress/{name}": term for name, term in session.terms.items()} | numbers)
     extra = sum(terms.values())
     if isinstance(output, Mapping):
-        return {**output, "loss": output["loss"] + extra}
-    return output + extra
+        return {**output, "loss": _weighed(output["loss"], weight) + extra}
+    return _weighed(output, weight) + extra
+
+
+def _weighed(loss: torch.Tensor, weight: float) -> torch.Tensor:
+    return loss if weight == 1.0 else weight * loss
 
 
 def _configure_optimizers(module: Any, inner: Any) -> Any:

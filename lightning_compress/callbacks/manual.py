@@ -16,8 +16,8 @@ __all__ = ["add_gradients", "trains_compressed_layers"]
 def add_gradients(terms: Iterable[Tensor], parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
     """Add the gradients of loss terms to those of the parameters, beside the user's own ``backward``.
 
-    The user's loss is left alone: his graph may need its value. No hook on a parameter fires, so that DDP, which
-    counts one gradient per parameter and pass, sends the sum of both when the user's arrives.
+    The user's loss and its graph are left alone: his ``backward`` is still to come. No hook on a parameter fires, so
+    that DDP, which counts one gradient per parameter and pass, sends the sum of both when the user's arrives.
 
     Args:
         terms: Scalar loss terms.
@@ -28,7 +28,7 @@ def add_gradients(terms: Iterable[Tensor], parameters: Iterable[nn.Parameter], s
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not total.requires_grad:
         return
-    gradients = torch.autograd.grad(total * scale, trained, allow_unused=True)
+    gradients = torch.autograd.grad(total * scale, trained, retain_graph=True, allow_unused=True)
     for parameter, gradient in zip(trained, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

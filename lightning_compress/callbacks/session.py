@@ -57,6 +57,8 @@ class Session:
     """Whether the auxiliary parameters stepped in the running batch."""
     owes_terms: bool = True
     """Whether the loss terms of the coming auxiliary step are still to be added; for manual optimization."""
+    task_weight: float = 1.0
+    """Weight of the user's loss until the coming auxiliary step; for manual optimization."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Loss terms that were added to the user's loss last."""
     logged_phases: tuple[str, ...] | None = None
@@ -132,7 +134,7 @@ class Session:
         compressor = self.connect(module)
         if compressor.is_prepared:
             return
-        done = {record.method: record.config for record in compressor.plan.methods}
+        done = {record.method: record.config for record in compressor.plan.methods} | compressor.finished
         new = [config for config in self.configs if done.get(config.stem) != config.to_dict()]
         if new:
             compressor.configs = {}

@@ -121,6 +121,7 @@ def model_card(
         _size_table(model, weight_bytes, drops_tokens(plan)),
         "## Structure",
         *(_structure(model, record) for record in plan.methods),
+        *([] if plan.methods else ["That of the dense model: nothing in it is compressed."]),
     ]
     kept = _mean_tokens_kept(measurements) if drops_tokens(plan) else None
     if kept is not None:
@@ -145,6 +146,9 @@ def _front_matter(model: PreTrainedModel, plan: CompressionPlan) -> str:
 
 def _how_to_load(model: PreTrainedModel, plan: CompressionPlan) -> str:
     name = type(model).__name__
+    opens = f'model = {name}.from_pretrained("path/to/this/folder")\n'
+    if not plan.methods:
+        return f"The model opens with transformers alone:\n\n```python\nfrom transformers import {name}\n\n{opens}```"
     keeps_weights = drops_tokens(plan) and len(plan.methods) == 1
     otherwise = (
         "opens the dense model, in which no token leaves"
@@ -156,9 +160,7 @@ def _how_to_load(model: PreTrainedModel, plan: CompressionPlan) -> str:
         "lightning-compress`):\n\n"
         "```python\n"
         "import lightning_compress  # makes the compressed structure known to transformers\n"
-        f"from transformers import {name}\n\n"
-        f'model = {name}.from_pretrained("path/to/this/folder")\n'
-        "```\n\n"
+        f"from transformers import {name}\n\n{opens}```\n\n"
         f"Without that import transformers only warns, and {otherwise}."
     )
 

@@ -32,7 +32,8 @@ __all__ = ["attach_plan", "detach_plan", "plan_of", "save_pretrained"]
 def attach_plan(model: nn.Module, plan: CompressionPlan) -> None:
     """Let a model carry its plan, so that its own ``save_pretrained`` and ``push_to_hub`` write it.
 
-    Sets ``config.quantization_config`` and ``hf_quantizer``; a plan attached before is replaced.
+    Sets ``config.quantization_config`` and ``hf_quantizer``; a plan attached before is replaced. A plan without methods
+    stays out of the configuration: the model is a plain one, and opens without this library.
 
     Args:
         model: A transformers model, or any module that contains one.
@@ -40,7 +41,9 @@ def attach_plan(model: nn.Module, plan: CompressionPlan) -> None:
     """
     transformer = _transformer(model)
     config = CompressionConfig(plan.to_dict(), root_of(transformer))
-    transformer.config.quantization_config = config  # type: ignore[attr-defined]
+    vars(transformer.config).pop("quantization_config", None)
+    if plan.methods:
+        transformer.config.quantization_config = config  # type: ignore[attr-defined]
     transformer.hf_quantizer = CompressionQuantizer(config)  # type: ignore[assignment]
     mark_as_plain(transformer)
 

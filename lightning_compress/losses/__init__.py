@@ -10,25 +10,37 @@ from torch import Tensor
 from lightning_compress.losses import (
     bottleneck_token_dropping,
     contribution_token_dropping,
+    distillation,
+    multi_exit,
     soft_threshold_rank,
+    width_slimming,
 )
 from lightning_compress.losses.base import LossMixin
 from lightning_compress.losses.bottleneck_token_dropping import BottleneckTokenDroppingLossMixin
 from lightning_compress.losses.contribution_token_dropping import ContributionTokenDroppingLossMixin
+from lightning_compress.losses.distillation import DistillationLossMixin
 from lightning_compress.losses.information_bottleneck import InformationBottleneckLossMixin
+from lightning_compress.losses.multi_exit import MultiExitLossMixin
 from lightning_compress.losses.soft_threshold_rank import SoftThresholdRankLossMixin
+from lightning_compress.losses.width_slimming import WidthSlimmingLossMixin
 
 __all__ = [
     "TERMS",
     "BottleneckTokenDroppingLossMixin",
     "ContributionTokenDroppingLossMixin",
+    "DistillationLossMixin",
     "InformationBottleneckLossMixin",
     "LossMixin",
+    "MultiExitLossMixin",
     "SoftThresholdRankLossMixin",
+    "WidthSlimmingLossMixin",
 ]
 
 TERMS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "width_slimming": width_slimming.terms,
     "soft_threshold_rank": soft_threshold_rank.terms,
     "contribution_token_dropping": contribution_token_dropping.terms,
     "bottleneck_token_dropping": bottleneck_token_dropping.terms,
+    "multi_exit": multi_exit.terms,
+    "distillation": distillation.terms,
 }

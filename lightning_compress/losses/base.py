@@ -21,6 +21,10 @@ class TermSource(Protocol):
         """Return the weighted terms of all methods or of one, and mark them as taken for this step."""
         ...
 
+    def take_task_weight(self) -> float:
+        """Return the weight of the task's own loss, unless it or terms were taken in this step; 1 then."""
+        ...
+
 
 class LossMixin:
     """Gives a module access to the compression terms of the current step."""
@@ -31,14 +35,19 @@ class LossMixin:
         Raises:
             RuntimeError: If no compression callback is active on this module.
         """
+        return self._term_source().take_loss_terms(stem)
+
+    def total_loss(self, task_loss: Tensor) -> Tensor:
+        """Return the task loss, weighed as the methods have it, plus every compression term of this step."""
+        weight = self._term_source().take_task_weight()
+        start = task_loss if weight == 1.0 else weight * task_loss
+        return sum(self.compression_terms().values(), start=start)
+
+    def _term_source(self) -> TermSource:
         compressor: TermSource | None = getattr(vars(self).get("_compression"), "compressor", None)
         if compressor is None:
             raise RuntimeError(
                 f"{type(self).__name__} asks for compression terms, but no compression callback is active: add one, "
                 "e.g. Trainer(callbacks=[SoftThresholdRank()])"
             )
-        return compressor.take_loss_terms(stem)
-
-    def total_loss(self, task_loss: Tensor) -> Tensor:
-        """Return the task loss plus every compression term of this step."""
-        return sum(self.compression_terms().values(), start=task_loss)
+        return compressor

@@ -1,4 +1,4 @@
-"""The methods, in the order in which they compose: slim, factorise, drop or exit, quantise."""
+"""The methods, in the order in which they compose: slim, factorise, drop or exit, quantise; and learn from a teacher."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from torch import nn
 from lightning_compress.methods import (
     bottleneck_token_dropping,
     contribution_token_dropping,
+    distillation,
+    multi_exit,
     soft_threshold_rank,
+    width_slimming,
 )
 from lightning_compress.methods.base import (
     AuxiliaryGroup,
+    GradientReader,
     MethodConfig,
     MethodHandle,
     MethodModule,
     config_from_dict,
+    leaves_no_trace,
 )
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import CompressionPlan, PlanError
@@ -22,18 +27,23 @@ from lightning_compress.plan import CompressionPlan, PlanError
 __all__ = [
     "METHODS",
     "AuxiliaryGroup",
+    "GradientReader",
     "MethodConfig",
     "MethodHandle",
     "MethodModule",
     "config_from_dict",
+    "leaves_no_trace",
     "method_named",
     "restore",
 ]
 
 METHODS: dict[str, MethodModule] = {
+    "width_slimming": width_slimming,  # type: ignore[dict-item]
     "soft_threshold_rank": soft_threshold_rank,  # type: ignore[dict-item]
     "contribution_token_dropping": contribution_token_dropping,  # type: ignore[dict-item]
     "bottleneck_token_dropping": bottleneck_token_dropping,  # type: ignore[dict-item]
+    "multi_exit": multi_exit,  # type: ignore[dict-item]
+    "distillation": distillation,  # type: ignore[dict-item]
 }
 
 

@@ -13,7 +13,15 @@ from torch import nn
 
 from lightning_compress.nn.surgery import Ledger
 
-__all__ = ["AuxiliaryGroup", "MethodConfig", "MethodHandle", "MethodModule", "config_from_dict"]
+__all__ = [
+    "AuxiliaryGroup",
+    "GradientReader",
+    "MethodConfig",
+    "MethodHandle",
+    "MethodModule",
+    "config_from_dict",
+    "leaves_no_trace",
+]
 
 
 class MethodConfig:
@@ -53,7 +61,10 @@ class AuxiliaryGroup(NamedTuple):
 
 @runtime_checkable
 class MethodHandle(Protocol):
-    """One prepared method on one model."""
+    """One prepared method on one model.
+
+    A handle may also have a ``task_weight``, a number with which the task's own loss is to be multiplied.
+    """
 
     model: nn.Module
     config: Any
@@ -98,8 +109,20 @@ class MethodHandle(Protocol):
         ...
 
 
+@runtime_checkable
+class GradientReader(Protocol):
+    """A handle that looks at gradients when they are complete."""
+
+    def read_gradients(self) -> None:
+        """Read the parameters' gradients, averaged over processes and not yet clipped, before the optimizer steps."""
+        ...
+
+
 class MethodModule(Protocol):
-    """The module of a method, as the registry sees it."""
+    """The module of a method, as the registry sees it.
+
+    One whose ``LEAVES_NO_TRACE`` is true leaves nothing in a converted model: its plan has no record of it.
+    """
 
     Config: type[MethodConfig]
 
@@ -121,3 +144,8 @@ class MethodModule(Protocol):
     def restore(self, model: nn.Module, structure: dict[str, Any]) -> Ledger:
         """Rebuild a structure on a fresh, possibly meta-device model, without weights."""
         ...
+
+
+def leaves_no_trace(method: MethodModule) -> bool:
+    """Whether nothing of a method is left in a converted model."""
+    return bool(getattr(method, "LEAVES_NO_TRACE", False))
