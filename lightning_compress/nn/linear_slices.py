@@ -1,7 +1,7 @@
 """Slices of linears: keep some inputs and outputs of a layer, whatever form it is in.
 
 A slice gives the module new, smaller parameters and leaves the module itself, its hooks and its place alone. The
-next chapter is :mod:`lightning_compress.nn.width_surgery`, which decides what is sliced together.
+next chapter is :mod:`lightning_compress.nn.layer_slices`, which knows what is sliced together.
 
 Shape legend: I in features, O out features, K kept ones, M directions of a factorised layer, R rank.
 """

@@ -66,7 +66,7 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def staying_hooks(module: nn.Module) -> dict[int, Any]:
-    """Return copies of the tables of hooks in ``module`` without those that follow, by table id: a memo for deep copies."""
+    """Return copies of the tables of hooks in ``module``, without those that follow, as a memo for deep copies."""
     tables = [getattr(part, kind) for part in module.modules() for kind in _HOOKS]
     return {
         id(table): OrderedDict((key, hook) for key, hook in table.items() if not _follows(hook))

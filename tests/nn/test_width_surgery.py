@@ -9,96 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from torch import nn
+from transformers import BertConfig, BertModel
 
 from lightning_compress import load
 from lightning_compress.deploy.save import attach_plan
 from lightning_compress.methods import METHODS
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_flops, count_parameters
-from lightning_compress.nn.surgery import Ledger, dense_weight, get_module
-from lightning_compress.nn.width_surgery import (
-    Widths,
-    apply_widths,
-    restore_widths,
-    slice_heads,
-    slice_neurons,
-)
+from lightning_compress.nn.surgery import Ledger, get_module
+from lightning_compress.nn.width_surgery import Widths, apply_widths, restore_widths
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from lightning_compress.runtime.packing import pack, unpack
 from lightning_compress.runtime.static import make_static
+from tests.toys_widths import CLASSIFIERS, IDS, MASK, lively, logits, zero_heads, zero_neurons
 
-CLASSIFIERS = [
-    ("bert", "BertForSequenceClassification"),
-    ("roberta", "RobertaForSequenceClassification"),
-    ("distilbert", "DistilBertForSequenceClassification"),
-    ("electra", "ElectraForSequenceClassification"),
-    ("gpt2", "GPT2ForSequenceClassification"),
-    ("llama", "LlamaForSequenceClassification"),
-]
-IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 1, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def lively(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every parameter, biases and norms too, a value of its own."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK).logits
-
-
-def columns(model: nn.Module, layer: int, role: str) -> Tensor:
-    """The weight ``[out, in]`` of the layer's linear with this role, as a view."""
-    slot = next(slot for slot in describe(model).layers[layer].linears if slot.role == role)
-    return dense_weight(get_module(model, slot.path))
-
-
-@torch.no_grad()
-def zero_heads(model: nn.Module, layer: int, dropped: list[int]) -> None:
-    """Cut what the heads (all query heads of a key-value group) say off, by zeros in the output's columns."""
-    anatomy = describe(model).layers[layer]
-    queries = anatomy.num_heads // anatomy.num_key_value_heads
-    for head in range(anatomy.num_heads):
-        if head // queries in dropped:
-            start = head * anatomy.head_dim
-            columns(model, layer, "attention_output")[:, start : start + anatomy.head_dim] = 0.0
-
-
-@torch.no_grad()
-def zero_neurons(model: nn.Module, layer: int, dropped: list[int]) -> None:
-    for neuron in dropped:
-        columns(model, layer, "ffn_out")[:, neuron] = 0.0
-
-
-@pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS)
-def test_sliced_heads_are_zeroed_heads(tiny, model_type, name) -> None:
-    model = lively(tiny(model_type, name, num_labels=3))
-    groups = describe(model).layers[0].num_key_value_heads
-    keep = [1] if groups == 2 else [0, 3]
-    zero_heads(model, 1, [head for head in range(groups) if head not in keep])
-    expected = logits(model)
-    slice_heads(model, 1, keep)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
-    first, second = describe(model).layers
-    assert (first.num_heads, second.num_heads, second.num_key_value_heads) == (4, 2, len(keep))
-    assert second.head_dim == 8
-
-
-@pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS)
-def test_sliced_neurons_are_zeroed_neurons(tiny, model_type, name) -> None:
-    model, keep = lively(tiny(model_type, name, num_labels=3)), [0, 3, 7, 20, 46]
-    zero_neurons(model, 0, [neuron for neuron in range(48) if neuron not in keep])
-    expected = logits(model)
-    slice_neurons(model, 0, keep)
-    assert torch.allclose(logits(model), expected, atol=1e-5)
-    assert [layer.intermediate_size for layer in describe(model).layers] == [5, 48]
+POST_NORM = CLASSIFIERS[:4]
+LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")]
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -150,28 +78,6 @@ def test_reverting_gives_the_shapes_and_head_counts_back(tiny, model_type, name)
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS)
-def test_the_family_s_own_head_counts_follow(tiny, model_type, name) -> None:
-    model = tiny(model_type, name)
-    slice_heads(model, 0, [1])
-    layer = describe(model).layers[0]
-    attention = get_module(model, layer.attention)
-    heads = 2 if model_type == "llama" else 1
-    assert [getattr(attention, name) for name in layer.head_count_attributes] == [heads] * len(
-        layer.head_count_attributes
-    )
-    assert [getattr(attention, name) for name in layer.head_width_attributes] == [8 * heads] * len(
-        layer.head_width_attributes
-    )
-
-
-@pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [-1], [4]])
-def test_heads_out_of_order_or_range_are_refused(tiny, keep) -> None:
-    model = tiny("bert", "BertModel")
-    with pytest.raises(ValueError, match=r"heads kept in layer 1 .* from 0 to 3"):
-        slice_heads(model, 1, keep)
-
-
 def test_nothing_is_changed_where_one_width_does_not_fit(tiny) -> None:
     model = tiny("bert", "BertModel")
     before = describe(model)
@@ -182,23 +88,10 @@ def test_nothing_is_changed_where_one_width_does_not_fit(tiny) -> None:
     assert describe(model) == before
 
 
-def test_layers_without_heads_or_ffn_say_so(tiny) -> None:
-    model = tiny("mamba", "MambaModel")
-    with pytest.raises(ValueError, match="layer 0 of MambaModel has no attention heads"):
-        slice_heads(model, 0, [0])
-    with pytest.raises(ValueError, match="layer 0 of MambaModel has no FFN"):
-        slice_neurons(model, 0, [0])
-    with pytest.raises(ValueError, match="layer=2 is outside the model's layers, 0 to 1"):
-        slice_neurons(model, 2, [0])
-
-
 def some_widths(model: nn.Module) -> Widths:
     groups = describe(model).layers[0].num_key_value_heads
     hidden = None if type(model).__name__ == "BertForMaskedLM" else tuple(range(0, 32, 2))
     return Widths(((groups - 1,), None), (None, (3, 5, 40)), embedding_rank=5, hidden=hidden)
-
-
-LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -294,9 +187,6 @@ def test_bert_base_shrinks_to_the_sizes_of_the_paper(heads, neurons, rank, milli
     assert macs / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
-POST_NORM = CLASSIFIERS[:4]
-
-
 @pytest.mark.parametrize("is_packed_first", [True, False])
 @pytest.mark.parametrize(("model_type", "name"), POST_NORM)
 def test_the_packed_engine_runs_narrow_layers(tiny, model_type, name, is_packed_first) -> None:
@@ -338,9 +228,6 @@ def test_what_is_quantised_is_refused_before_anything_changes(tiny) -> None:
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == before
 
 
-PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
 @PEFT_WARNS
 @pytest.mark.parametrize(("model_type", "name"), [CLASSIFIERS[0], CLASSIFIERS[2], CLASSIFIERS[5]])
 def test_models_with_lora_are_cut_with_their_adapters(tiny, model_type, name) -> None:
@@ -361,3 +248,27 @@ def test_models_with_lora_are_cut_with_their_adapters(tiny, model_type, name) ->
     assert {p.shape[-1] for name, p in model.named_parameters() if "query.lora_A" in name} <= {3}
     ledger.revert()
     assert describe(model).hidden_size == 32 and logits(model).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("model_type", "name"), LANGUAGE_MODELS[1:])
+def test_narrow_decoders_generate_with_their_cache_what_they_do_without(tiny, model_type, name) -> None:
+    model = lively(tiny(model_type, name))
+    apply_widths(model, some_widths(model), Ledger(model))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    ids = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
+    cached, plain = (model.generate(**ids, **settings, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, plain) and cached.shape == (1, 12)
+
+
+def test_layers_with_shared_weights_are_refused(tiny) -> None:
+    model = tiny("bert", "BertModel")
+    first, second = (layer.intermediate.dense for layer in model.encoder.layer)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"weights of encoder\.layer\.0\.intermediate\.dense are shared"):
+        apply_widths(model, Widths((None,) * 2, ((0, 1), None)), Ledger(model))
+
+
+def test_a_family_without_ffn_keeps_what_it_has(tiny) -> None:
+    model = tiny("mamba", "MambaModel")
+    with pytest.raises(ValueError, match="has no FFN"):
+        apply_widths(model, Widths((None,) * 2, ((0, 1), None)), Ledger(model))
