@@ -35,7 +35,7 @@ from lightning_compress.nn.multi_exit import (
 )
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.plan import PlanError
-from lightning_compress.runtime import PackedEncoder
+from lightning_compress.runtime import PackedEncoder, packed_encoder
 
 __all__ = ["Config", "MultiExitConfig", "MultiExitHandle", "convert", "prepare", "restore", "update"]
 
@@ -180,6 +180,11 @@ def prepare(model: nn.Module, config: MultiExitConfig) -> MultiExitHandle:
             or a layer does not exist; or if the rule is not for its kind of answer.
     """
     anatomy = _check_can_exit(model, config)
+    _check(
+        packed_encoder(model) is None,
+        "the model is packed, which hides the states between its layers: call lightning_compress.unpack(model) before "
+        "giving it exits",
+    )
     exits, ledger, router = chosen_exits(anatomy, config.exits), Ledger(model), None
     ledger.on_revert(remove_exits)
     ledger.on_revert(stop_recording)
