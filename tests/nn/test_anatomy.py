@@ -111,6 +111,57 @@ def test_every_path_named_leads_to_a_module_of_the_expected_kind(tiny, model_typ
         assert "norm" in type(get_module(model, anatomy.final_norm)).__name__.lower()
 
 
+READERS = {
+    "BertModel": ("pooler.dense",),
+    "BertForSequenceClassification": ("bert.pooler.dense",),
+    "BertForMultipleChoice": ("bert.pooler.dense",),
+    "BertForTokenClassification": ("classifier",),
+    "BertForPreTraining": ("bert.pooler.dense", "cls.predictions.transform.dense"),
+    "RobertaForSequenceClassification": ("classifier.dense",),
+    "RobertaForMultipleChoice": ("roberta.pooler.dense",),
+    "RobertaForMaskedLM": ("lm_head.dense",),
+    "ElectraForSequenceClassification": ("classifier.dense",),
+    "ElectraForMultipleChoice": ("sequence_summary.summary",),
+    "ElectraForMaskedLM": ("generator_predictions.dense",),
+    "ElectraForPreTraining": ("discriminator_predictions.dense",),
+    "DistilBertForSequenceClassification": ("pre_classifier",),
+    "DistilBertForMultipleChoice": ("pre_classifier",),
+    "DistilBertForTokenClassification": ("classifier",),
+    "DistilBertForMaskedLM": ("vocab_transform",),
+    "GPT2LMHeadModel": ("lm_head",),
+    "GPT2ForSequenceClassification": ("score",),
+    "LlamaForCausalLM": ("lm_head",),
+    "LlamaModel": (),
+    "MambaForCausalLM": (),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_writes_to_the_residual_stream_and_reads_from_it_is_as_wide_as_it(tiny, name):
+    model_type = next(kind for kind, _ in FAMILIES if name.lower().startswith(kind))
+    model = tiny(model_type, name)
+    anatomy = describe(model)
+    assert anatomy.residual_readers == READERS[name]
+    assert {linear_shape(get_module(model, path))[0] for path in anatomy.residual_readers} <= {32}
+    widths = {path: get_module(model, path).weight.shape for path in anatomy.residual_writers}
+    outputs = [shape[0] if path.endswith("project") else shape[-1] for path, shape in widths.items()]
+    assert outputs == [32] * len(outputs) and bool(outputs) is (model_type != "mamba")
+    inner = {slot.path for slot in anatomy.linears} | {
+        norm for layer in anatomy.layers for norm in layer.norms
+    }
+    assert not inner & {*anatomy.residual_readers, *anatomy.residual_writers}
+
+
+@pytest.mark.parametrize(("model_type", "name"), [family for family in FAMILIES if family[0] != "mamba"])
+def test_the_attention_module_has_the_attributes_that_count_its_heads(tiny, model_type, name):
+    model = tiny(model_type, name)
+    for layer in describe(model).layers:
+        attention = get_module(model, layer.attention)
+        counts = [getattr(attention, attribute) for attribute in layer.head_count_attributes]
+        widths = [getattr(attention, attribute) for attribute in layer.head_width_attributes]
+        assert (set(counts), set(widths)) == ((set(), set()) if model_type == "llama" else ({4}, {32}))
+
+
 @pytest.mark.parametrize(("model_type", "name"), FAMILIES)
 def test_sizes_are_those_of_the_configuration_before_any_surgery(tiny, model_type, name):
     anatomy = describe(tiny(model_type, name))
