@@ -57,6 +57,7 @@ class StructureGate(nn.Module):
         self.width, self.is_sampled, self.is_open = width, False, True
         self.register_buffer("gate_K", torch.ones(size))
         self.log_alpha_K = nn.Parameter(torch.full((size,), _START)) if learned else None
+        self._idle: tuple[nn.Parameter, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -74,16 +75,16 @@ class StructureGate(nn.Module):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Gate an input; it goes through as it is while everything is open."""
-        gate_K = self.gate_K
-        if self.log_alpha_K is not None:
-            if self.is_sampled:
-                gate_K = (sample_gate if self.training else expected_gate)(self.log_alpha_K)
-            elif self.training:  # an idle parameter stays in the graph: DDP expects every one it was given
-                gate_K = gate_K + 0.0 * self.log_alpha_K
-            elif self.is_open:
+        if self.log_alpha_K is None or not (self.is_sampled or self.training):
+            if self.is_open:
                 return x_BI
-        elif self.is_open:
-            return x_BI
+            gate_K = self.gate_K
+        elif self.is_sampled:
+            gate_K = (sample_gate if self.training else expected_gate)(self.log_alpha_K)
+        else:
+            gate_K = self.gate_K + 0.0 * self.log_alpha_K
+        if self.training:  # idle parameters stay in the graph: DDP expects every one it was given
+            gate_K = gate_K + sum(0.0 * parameter.sum() for parameter in self._idle)
         return x_BI * gate_K.to(x_BI.dtype).repeat_interleave(self.width)
 
     def _look(self) -> None:
@@ -181,7 +182,9 @@ class WidthGates(nn.Module):
         table = get_module(model, anatomy.word_embeddings)
         self.embeddings = RankGate(table.weight.shape[1]) if embeddings else None  # type: ignore[union-attr,arg-type]
         self.hidden = HiddenGate(anatomy.hidden_size) if hidden else None
-        self.multipliers = nn.Parameter(torch.zeros(2)) if learned else None
+        self.multipliers = nn.Parameter(torch.zeros(2)) if learned and (heads or neurons) else None
+        if self.multipliers is not None:
+            self.keep_in_graph(self.multipliers)
         self._hooks: list[Any] = []
 
     @classmethod
@@ -212,6 +215,11 @@ class WidthGates(nn.Module):
             for hook in gates._hooks:
                 remove_hook(model, hook)
             del model._modules[_NAME]
+
+    def attach(self, model: nn.Module) -> None:
+        """Close what is closed in a model that holds these gates: a copy that lost its hooks."""
+        self._hooks = []
+        self._attach(model, describe(model))
 
     @property
     def is_open(self) -> bool:
@@ -245,6 +253,12 @@ class WidthGates(nn.Module):
         """Draw learned gates from their distributions, or stop it."""
         for gate in [*self.heads, *self.neurons]:
             gate.is_sampled = is_sampled and gate.log_alpha_K is not None  # type: ignore[assignment]
+
+    def keep_in_graph(self, parameter: nn.Parameter) -> None:
+        """Let a parameter that only a loss term reads, now and then, be part of every training pass."""
+        learned = [gate for gate in [*self.heads, *self.neurons] if gate.log_alpha_K is not None]
+        for gate in learned[:1]:
+            gate._idle = (parameter,)  # type: ignore[assignment]
 
     @property
     def locations(self) -> list[nn.Parameter]:

@@ -185,6 +185,18 @@ def test_an_idle_learned_gate_stays_in_the_graph() -> None:
     assert not gate.log_alpha_K.grad.any()
 
 
+def test_every_learned_parameter_is_part_of_every_training_pass() -> None:
+    model = tiny_bert()
+    gates = WidthGates.install(model, neurons=False, learned=True)
+    assert len(gates.locations) == 2 and gates.multipliers is not None
+    for is_sampled in (False, True):
+        model.zero_grad()
+        gates.sample(is_sampled)
+        model(ids(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        assert all(parameter.grad is not None for parameter in gates.parameters())
+        assert any(bool(p.grad.any()) for p in gates.locations) == is_sampled
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_a_norm_over_kept_dimensions_is_a_norm_of_their_own(kind: str) -> None:
     torch.manual_seed(0)
