@@ -20,6 +20,7 @@ from lightning_compress.callbacks.dropping_report import (
     dropping_in_step,
     measure_dropping,
 )
+from lightning_compress.callbacks.exit_report import ExitMeasurement, has_exits, measure_exits
 from lightning_compress.callbacks.session import session_of, training_progress
 from lightning_compress.compressor import Compressor
 from lightning_compress.nn.flops import count_flops, count_parameters
@@ -135,15 +136,18 @@ class CompressionReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep some texts, to see at the end which of their tokens leave."""
+        """Keep some texts, to see at the end which of them, and of their tokens, leave."""
         compressor = _compressor_of(pl_module)
-        if dataloader_idx == 0 and compressor is not None and dropping_handle(compressor) is not None:
+        if dataloader_idx != 0 or compressor is None:
+            return
+        if dropping_handle(compressor) is not None or has_exits(compressor):
             self._seen.see(batch, batch_idx)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look texts up where validation showed none, while the data are there."""
-        if self._drops and trainer.is_global_zero:
+        compressor = _compressor_of(pl_module)
+        if trainer.is_global_zero and (self._drops or (compressor is not None and has_exits(compressor))):
             self._seen.look_up(trainer)
 
     @override
@@ -157,7 +161,9 @@ class CompressionReport(Callback):
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""
         assert self._dense is not None, "the dense model is counted at the start of training"
-        plan, dropping, notes = compressor.plan, None, []
+        plan, dropping, exits, notes = compressor.plan, None, None, []
+        if compressor.is_converted and has_exits(compressor):
+            exits = measure_exits(compressor.model, compressor.dense_skeleton(), self._seen.batches)
         if compressor.is_converted and self._drops:
             dropping = self._measure_dropping(trainer, compressor)
             if dropping is None:
@@ -170,9 +176,10 @@ class CompressionReport(Callback):
             methods=[{"method": record.method, "config": record.config} for record in plan.methods],
             target=_target(plan, compressor),
             steps=self._steps,
-            final=self._final(compressor, dropping) if compressor.is_converted else None,
+            final=self._final(compressor, dropping or exits) if compressor.is_converted else None,
             metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, _METRIC)},
             dropping=None if dropping is None else dropping.record,
+            exits=None if exits is None else exits.record,
             machine=describe_machine(),
             versions=describe_versions(),
             warnings=notes,
@@ -188,12 +195,14 @@ class CompressionReport(Callback):
         tokenizer = next((t for t in found if t is not None), None)
         return measure_dropping(compressor.model, compressor.dense_skeleton(), self._seen.batches, tokenizer)
 
-    def _final(self, compressor: Compressor, dropping: DroppingMeasurement | None) -> FinalRecord:
+    def _final(
+        self, compressor: Compressor, measured: DroppingMeasurement | ExitMeasurement | None
+    ) -> FinalRecord:
         assert self._dense is not None
         skeleton, model = compressor.dense_skeleton(), compressor.model
         dense_flops, flops = self._dense[1], count_flops(model, self.lengths).total
-        if dropping is not None:
-            dense_flops, flops = dropping.dense_flops, dropping.flops
+        if measured is not None:
+            dense_flops, flops = measured.dense_flops, measured.flops
         elif self._drops:
             flops = self._steps[-1].flops_ratio * dense_flops
         return FinalRecord(

@@ -104,8 +104,10 @@ class ExitRule(nn.Module):
 
     def asked_layers(self) -> list[int]:
         """Return the layers after which somebody might leave, so that the exit there has to be run."""
-        if float(self.threshold) == self.off:
-            return []
+        return [] if float(self.threshold) == self.off else self.checked_layers()
+
+    def checked_layers(self) -> list[int]:
+        """Return the layers whose exits are asked as soon as the threshold lets anyone leave."""
         if self.looks_back:
             return list(self.layers)
         return [layer for layer, asked in zip(self.layers, self.is_checked_K.tolist(), strict=True) if asked]

@@ -4,6 +4,7 @@ Read `record` for what a run leaves behind, then `page`, `sections` and `figures
 """
 
 from lightning_compress.report.dropping_record import DialRecord, DroppingRecord, TokenText
+from lightning_compress.report.exit_record import ExitPointRecord, ExitsRecord
 from lightning_compress.report.latency import measure_latency, run_bench
 from lightning_compress.report.latency_table import LatencyTable
 from lightning_compress.report.machine import describe_machine, describe_versions
@@ -13,6 +14,8 @@ from lightning_compress.report.record import FinalRecord, LayerRank, RunRecord, 
 __all__ = [
     "DialRecord",
     "DroppingRecord",
+    "ExitPointRecord",
+    "ExitsRecord",
     "FinalRecord",
     "LatencyTable",
     "LayerRank",

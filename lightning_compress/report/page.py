@@ -1,7 +1,7 @@
 """Writes the report of a run: `report.json`, and one HTML page that needs nothing but itself.
 
-The page answers in the order a reader asks: what was gained, what it cost, which tokens left, whether it is faster
-on a real machine, what the model looks like inside, and how the run got there.
+The page answers in the order a reader asks: what was gained, what it cost, which tokens and texts left early, whether
+it is faster on a real machine, what the model looks like inside, and how the run got there.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_compress.report import sections
 from lightning_compress.report.dropping_sections import tokens
+from lightning_compress.report.exit_sections import exits
 from lightning_compress.report.files import write_text_atomically
 from lightning_compress.report.markup import element, escape
 from lightning_compress.report.record import RunRecord
@@ -92,6 +93,7 @@ def render_page(record: RunRecord) -> str:
         sections.size(record),
         sections.quality(record),
         tokens(record),
+        exits(record),
         sections.latency(record),
         sections.ranks(record),
         sections.course(record),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_compress.report.dropping_record import DroppingRecord
+from lightning_compress.report.exit_record import ExitsRecord
 from lightning_compress.report.fields import (
     count_field,
     mapping_field,
@@ -185,6 +186,8 @@ class RunRecord:
     latency: LatencyTable | None = None
     dropping: DroppingRecord | None = None
     """Which tokens left where; None where tokens do not leave, or no text was seen."""
+    exits: ExitsRecord | None = None
+    """Who left by which exit; None where there are none, or no text was seen."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -206,7 +209,8 @@ class RunRecord:
             raise ValueError(
                 f"the record has unknown fields {unknown}: known are {sorted(cls.__dataclass_fields__)}"
             )
-        final, latency, dropping = data.get("final"), data.get("latency"), data.get("dropping")
+        final, latency = data.get("final"), data.get("latency")
+        dropping, exits = data.get("dropping"), data.get("exits")
         return cls(
             model_type=text_field(data, "model_type"),
             methods=[dict(method) for method in data.get("methods", [])],
@@ -216,6 +220,7 @@ class RunRecord:
             metrics={name: m and dict(m) for name, m in mapping_field(data, "metrics", default={}).items()},
             latency=None if latency is None else LatencyTable.from_dict(latency),
             dropping=None if dropping is None else DroppingRecord.from_dict(dropping),
+            exits=None if exits is None else ExitsRecord.from_dict(exits),
             machine=dict(mapping_field(data, "machine", default={})),
             versions=dict(mapping_field(data, "versions", default={})),
             warnings=[str(warning) for warning in data.get("warnings", [])],
@@ -228,8 +233,8 @@ class RunRecord:
             "final": None if self.final is None else self.final.to_dict(),
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
-        dropping = plain.pop("dropping")
-        return _jsonable(plain if dropping is None else plain | {"dropping": dropping.to_dict()})
+        parts = {name: plain.pop(name) for name in ("dropping", "exits")}
+        return _jsonable(plain | {name: part.to_dict() for name, part in parts.items() if part is not None})
 
     def to_json(self) -> str:
         """Return `to_dict` as indented JSON text."""

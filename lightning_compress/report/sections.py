@@ -76,6 +76,10 @@ def tiles(record: RunRecord) -> str:
         kept, last = record.dropping.mean_kept, record.dropping.layers[-1]
         detail = f"on average over the layers; {percent(last)} in the last"
         found.append(("Tokens kept", percent(kept), detail))
+    if record.exits is not None:
+        early, num_layers = 1.0 - record.exits.leaves[-1], len(record.exits.leaves)
+        detail = f"of {num_layers}, on average; {percent(early)} of the texts leave early"
+        found.append(("Layers run", f"{record.exits.mean_depth:.2f}", detail))
     metric = _main_metric(record)
     if metric is not None:
         found.append((metric.capitalize(), *_metric_tile(metric, record)))
@@ -91,10 +95,11 @@ def tiles(record: RunRecord) -> str:
 
 
 def _has_all_weights(record: RunRecord) -> bool:
-    """Whether only tokens left: no linear is smaller, and predictors came on top."""
+    """Whether only tokens or texts left: no linear is smaller, and what decides who leaves came on top."""
     final = record.final
     is_dropping = record.dropping is not None or any(step.tokens_kept is not None for step in record.steps)
-    return is_dropping and final is not None and final.compressed.linear >= final.dense.linear
+    is_leaving = is_dropping or record.exits is not None
+    return is_leaving and final is not None and final.compressed.linear >= final.dense.linear
 
 
 def _size_tiles(final: FinalRecord) -> list[tuple[str, str, str]]:
@@ -199,8 +204,15 @@ def size(record: RunRecord) -> str:
         rows.append(
             ["Tokens in a layer", percent(1.0), percent(kept), percent(kept), times(_ratio(1.0, kept))]
         )
+    if record.exits is not None:
+        num_layers, depth = len(record.exits.leaves), record.exits.mean_depth
+        if record.dropping is None:
+            note += f" They are the mean over {record.exits.num_texts:,} validation texts."
+        row = [str(num_layers), f"{depth:.2f}", percent(depth / num_layers), times(num_layers / depth)]
+        rows.append(["Layers that a text runs", *row])
     if _has_all_weights(record):
-        note += " Tokens leave, weights stay: the model is as large as before, plus what decides who leaves."
+        who = "Tokens" if record.exits is None else "Texts" if record.dropping is None else "Tokens and texts"
+        note += f" {who} leave, weights stay: the model is as large as before, plus what decides who leaves."
     return section(
         "What was gained", table(["", "Dense", "Compressed", "Left", "Smaller by"], rows, caption=note)
     )
@@ -256,7 +268,7 @@ def course(record: RunRecord) -> str:
             "marks a change of phase."
         )
         parts.append(figure(draw_dropping_course(dropping, goal), caption))
-    if not _has_all_weights(record) or not dropping:
+    if not _has_all_weights(record) or not (dropping or record.exits):
         progress = figures.draw_progress(steps, record.target)
         caption = "As it would be deployed at each step; a dotted line marks a change of phase."
         parts.append(figure(progress, caption))

@@ -120,9 +120,9 @@ def sweep_exit_threshold(
             or no label.
     """
     trial = ExitTrial(model, batches, score)
-    asked = _asked(trial.rule)
+    asked = trial.rule.checked_layers()
     if thresholds is None:
-        thresholds = _spread(trial.thresholds(asked), _SWEPT)
+        thresholds = trial.thresholds(asked, _SWEPT)
     return [trial.at(trial.rule.checked(threshold), asked) for threshold in thresholds]
 
 
@@ -191,15 +191,6 @@ def _check_goal(max_drop: float | None, target_flops: float | None, min_share: f
         raise ValueError(f"min_share={min_share} is outside [0, 1): 0.02 is one example of 50")
 
 
-def _asked(rule: ExitRule) -> tuple[int, ...]:
-    """Return the exits that would be asked if the threshold let anyone leave."""
-    if rule.looks_back:
-        return rule.layers
-    return tuple(
-        layer for layer, is_asked in zip(rule.layers, rule.is_checked_K.tolist(), strict=True) if is_asked
-    )
-
-
 def _without_rare(trial: ExitTrial, chosen: ExitPoint, find: _Find, min_share: float) -> ExitPoint:
     """Leave out the least used exit, and look again, until all are used enough or the goal would be missed."""
     while chosen.exits and not trial.rule.looks_back:
@@ -215,7 +206,7 @@ def _without_rare(trial: ExitTrial, chosen: ExitPoint, find: _Find, min_share: f
 
 def _fastest_within(trial: ExitTrial, max_drop: float, asked: tuple[int, ...]) -> ExitPoint:
     """Take the best of all thresholds that are tried: scores need not fall steadily."""
-    points = [trial.at(threshold, asked) for threshold in _spread(trial.thresholds(asked), _TRIED)]
+    points = [trial.at(threshold, asked) for threshold in trial.thresholds(asked, _TRIED)]
     least = _score(points[0]) - max_drop - _NEGLIGIBLE
     return min((point for point in points if _score(point) >= least), key=lambda point: point.flops_ratio)
 
@@ -240,10 +231,3 @@ def _slowest_below(trial: ExitTrial, target: float, asked: tuple[int, ...]) -> E
         else:
             low = middle + 1
     return best
-
-
-def _spread(thresholds: Sequence[float], most: int) -> list[float]:
-    """Return at most so many of the thresholds, evenly, with both ends."""
-    if len(thresholds) <= most:
-        return list(thresholds)
-    return [thresholds[round(place * (len(thresholds) - 1) / (most - 1))] for place in range(most)]

@@ -124,19 +124,31 @@ class ExitTrial:
             threshold=float(threshold),
             exits=asked,
             score=None if self._score is None else float(self._score(logits_BC, cast(Tensor, self.labels_B))),
-            flops_ratio=float(flops_B.sum() / self._costs.flops(self.kept_BL, self.lengths_B).sum()),
+            flops_ratio=float(flops_B.mean()) / self.full_flops,
             mean_depth=float(depth_B.double().mean()),
             leaves_L=tuple((depth_B[:, None] == layers_L + 1).double().mean(dim=0).tolist()),
         )
 
-    def thresholds(self, exits: Iterable[int]) -> list[float]:
+    @property
+    def full_flops(self) -> float:
+        """FLOPs of an example that runs all layers and asks no exit, on average."""
+        return float(self._costs.flops(self.kept_BL, self.lengths_B).mean())
+
+    def thresholds(self, exits: Iterable[int], most: int | None = None) -> list[float]:
         """Return a threshold for every difference it can make on these data: from nobody leaving to as many as can.
 
         Args:
             exits: Layers whose exits are asked.
+            most: Return so many of them, evenly, at least 2; None returns all.
         """
-        rule = self.rule
-        places = [place for place, layer in enumerate(self.layers) if layer in set(exits)]
+        found = self._differences(exits)
+        if most is None or len(found) <= most:
+            return found
+        return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+
+    def _differences(self, exits: Iterable[int]) -> list[float]:
+        rule, asked = self.rule, set(exits)
+        places = [place for place, layer in enumerate(self.layers) if layer in asked]
         found = self.measure_BK[:, places].double().flatten()
         found = found[~found.isnan()].unique()  # ascending
         if rule.looks_back:

@@ -115,3 +115,28 @@ def dropping_run(run: dict[str, Any]) -> dict[str, Any]:
     run["target"] = {"target_flops": 0.5}
     run["methods"] = [{"method": "contribution_token_dropping", "config": {"target_flops": 0.5}}]
     return run
+
+
+@pytest.fixture
+def exit_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that trains exits in a model of four layers, two of which are asked."""
+    dense, more = run["final"]["parameters"]["dense"], {"encoder": 1_100_000, "total": 3_002_000}
+    run["final"].update(parameters={"dense": dense, "compressed": dense | more}, ranks={}, bytes_on_disk=None)
+    for step in run["steps"]:
+        step.update(size_ratio=1.0, ranks={})
+    run["exits"] = {
+        "num_texts": 320,
+        "leaves": [0.5, 0.0, 0.25, 0.25],
+        "asked": [0, 2],
+        "rule": "entropy",
+        "threshold": 0.125,
+        "metric": "accuracy",
+        "curve": [
+            {"threshold": None, "score": 0.9, "flops_ratio": 1.0, "mean_depth": 4.0},
+            {"threshold": 0.125, "score": 0.89, "flops_ratio": 0.57, "mean_depth": 2.25},
+            {"threshold": 0.5, "score": 0.8, "flops_ratio": 0.3, "mean_depth": 1.0},
+        ],
+    }
+    run["target"] = {"target_flops": 0.6}
+    run["methods"] = [{"method": "multi_exit", "config": {"target_flops": 0.6}}]
+    return run

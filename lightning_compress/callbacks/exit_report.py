@@ -1,0 +1,93 @@
+"""What the report says of exits, measured on validation texts once the model is converted.
+
+:mod:`lightning_compress.callbacks.report` asks; :mod:`lightning_compress.report.exit_record` is what it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_compress.compressor import Compressor
+from lightning_compress.nn.kept_flops import DroppingCosts
+from lightning_compress.report import ExitPointRecord, ExitsRecord
+from lightning_compress.runtime import packed_encoder
+from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
+
+__all__ = ["ExitMeasurement", "has_exits", "measure_exits"]
+
+_CURVE = 20
+"""Thresholds of the curve, beside the deployed one."""
+
+
+class ExitMeasurement(NamedTuple):
+    """What validation texts cost that may leave early, and where they left."""
+
+    record: ExitsRecord
+    dense_flops: float
+    """Of a text, on average, without compression."""
+    flops: float
+    """Of a text, on average, as it left; the last layer counted for every token, as in the target."""
+
+
+def has_exits(compressor: Compressor) -> bool:
+    """Whether the run trains exits."""
+    return any(record.method == "multi_exit" for record in compressor.plan.methods)
+
+
+def measure_exits(
+    model: nn.Module, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]]
+) -> ExitMeasurement | None:
+    """Run a converted model over texts and note who leaves where; None if it has no exits, or there is no text.
+
+    Args:
+        model: The transformers model; runs where it is, in evaluation mode, without gradients.
+        dense: The dense model, maybe on the meta device; for its costs.
+        batches: Keyword arguments of the model, with ``labels`` where known.
+    """
+    encoder = packed_encoder(model)
+    if encoder is None or encoder.exits is None or not batches:
+        return None
+    trial = ExitTrial(model, batches, needs_labels=False)
+    rule, exits = trial.rule, trial.rule.checked_layers()
+    deployed = trial.at(float(rule.threshold), exits)
+    lengths_B = trial.lengths_B
+    dense_BL = lengths_B[:, None].expand_as(trial.kept_BL)
+    dense_flops = float(DroppingCosts.of(dense).flops(dense_BL, lengths_B).mean())
+    share = trial.full_flops / dense_flops
+    points = [deployed, *(trial.at(threshold, exits) for threshold in trial.thresholds(exits, _CURVE))]
+    points = sorted(
+        {point.threshold: point for point in points}.values(), key=lambda point: -point.mean_depth
+    )
+    record = ExitsRecord(
+        num_texts=len(lengths_B),
+        leaves=deployed.leaves_L,
+        asked=deployed.exits,
+        rule=rule.name,
+        threshold=_told(deployed, rule.off),
+        metric="correlation" if _is_regression(model) else "accuracy",
+        curve=tuple(
+            _drawn(point, point.score, share, rule.off) for point in points if point.score is not None
+        ),
+    )
+    return ExitMeasurement(record, dense_flops, trial.full_flops * deployed.flops_ratio)
+
+
+def _drawn(point: ExitPoint, score: float, share: float, off: float) -> ExitPointRecord:
+    """A point of the curve; ``share`` is what the model costs with nobody leaving, over dense."""
+    return ExitPointRecord(
+        threshold=_told(point, off),
+        score=score,
+        flops_ratio=share * point.flops_ratio,
+        mean_depth=point.mean_depth,
+    )
+
+
+def _told(point: ExitPoint, off: float) -> float | None:
+    return None if point.threshold == off else point.threshold
+
+
+def _is_regression(model: Any) -> bool:
+    return model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"

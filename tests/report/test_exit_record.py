@@ -1,0 +1,57 @@
+import copy
+import json
+import math
+
+import pytest
+
+from lightning_compress.report.exit_record import ExitsRecord
+from lightning_compress.report.record import RunRecord
+
+
+def test_a_record_with_exits_there_and_back_is_the_same(exit_run: dict):
+    record = RunRecord.from_dict(exit_run)
+    assert RunRecord.from_dict(json.loads(record.to_json())) == record
+    assert record.to_dict() == exit_run
+
+
+def test_a_record_without_exits_is_written_as_ever(run: dict):
+    assert "exits" not in RunRecord.from_dict(run).to_dict()
+
+
+def test_the_mean_depth_is_over_texts():
+    record = ExitsRecord(num_texts=4, leaves=(0.5, 0.25, 0.25), asked=(0, 1), rule="entropy", threshold=0.1)
+    assert record.mean_depth == (2 * 1 + 2 + 3) / 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("num_texts",), -1, "'num_texts' is -1"),
+        (("leaves",), [], "'leaves' is empty"),
+        (("leaves", 0), 1.5, r"'leaves' is 1.5: expected a number in \[0, 1\]"),
+        (("leaves", 0), 0.25, "'leaves' sums to 0.75"),
+        (("asked", 0), 3, r"exits \[3, 2\] are asked in a model of 4 layers"),
+        (("asked", 0), -1, "'asked' is -1"),
+        (("rule",), "", "'rule' is ''"),
+        (("threshold",), math.inf, "'threshold' is inf"),
+        (("metric",), None, "'metric' is None"),
+        (("curve",), 3, "'curve' is 3: expected a list"),
+        (("curve", 0), "a point", "'curve' is 'a point': expected a mapping"),
+        (("curve", 1, "score"), math.nan, "'score' is nan"),
+        (("curve", 1, "flops_ratio"), -1, "'flops_ratio' is -1"),
+        (("curve", 1, "mean_depth"), None, "'mean_depth' is None"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(exit_run: dict, path: tuple, value: object, message: str):
+    data = copy.deepcopy(exit_run)
+    inner = data["exits"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        RunRecord.from_dict(data)
+
+
+def test_a_part_of_another_kind_is_refused(run: dict):
+    with pytest.raises(ValueError, match="'exits' is 3"):
+        RunRecord.from_dict(run | {"exits": 3})
