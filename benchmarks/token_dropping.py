@@ -22,59 +22,40 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from recipe import (
+    LEARNING_RATE,
+    TASKS,
+    StepClock,
+    append,
+    data_of,
+    header,
+    load_model,
+    rows_in,
+    save,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 import lightning_compress
 from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping
 from lightning_compress.data import TextClassificationData
 from lightning_compress.nn.kept_flops import DroppingCosts, LastLayer
-from lightning_compress.report.machine import describe_machine, describe_versions
 from lightning_compress.runtime import packed_encoder
 from lightning_compress.tasks import TextClassifier
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = Path("runs") / "benchmarks" / "token_dropping"
 
 
-@dataclass(frozen=True)
-class Task:
-    """One data set and the budget of steps that every variant gets."""
-
-    files: dict[str, str]
-    text_column: list[str]
-    max_length: int
-    steps: int
-    batch_size: int = 32
-    pair: str | None = None
-
-
-_SAMPLE = {"train": "train_sample.tsv", "test": "test_sample.tsv"}
-_PARTS = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
-TASKS = {
-    "sst2": Task(_PARTS, ["text"], 64, 600),
-    "ag_news": Task({"train": "train.tsv", "test": "test.tsv"}, ["title", "description"], 96, 400),
-    "mrpc": Task(_PARTS, ["text"], 96, 300, pair="text2"),
-    "imdb": Task(_SAMPLE, ["text"], 256, 120),
-    "movies": Task(_PARTS, ["text"], 512, 120, batch_size=16),
-}
-FOLDERS = {"movies": "movies_rationales"}
-LEARNING_RATE = 1e-4
 VARIANTS: dict[str, Callable[[], Callback] | None] = {
     "base": None,
     "dense": None,
@@ -103,44 +84,6 @@ VARIANTS: dict[str, Callable[[], Callback] | None] = {
     "self50": lambda: ContributionTokenDropping(target_flops=0.5),
     "nosaliency50": lambda: ContributionTokenDropping(target_flops=0.5, warmup=0.0, saliency_weight=0.0),
 }
-
-
-class StepClock(Callback):
-    """Time of each training step, of the first epoch and of later ones."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
-        self._start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop it."""
-        self.seconds[trainer.current_epoch == 0].append(time.perf_counter() - self._start)
-
-    def median(self, *, first_epoch: bool) -> float | None:
-        """Return the median of those steps in seconds; None if there were none."""
-        steps = self.seconds[first_epoch]
-        return round(statistics.median(steps), 4) if steps else None
-
-
-def data_of(name: str, batch_size: int | None = None, bucket: bool = True) -> TextClassificationData:
-    """Return the data module of a task."""
-    task, root = TASKS[name], os.environ.get("LIGHTNING_COMPRESS_DATA")
-    if root is None:
-        raise SystemExit(f"set LIGHTNING_COMPRESS_DATA to the folder that holds {name}/ with {task.files}")
-    folder = Path(root) / FOLDERS.get(name, name)
-    files = {part: str(folder / file) for part, file in task.files.items()}
-    return TextClassificationData(
-        **files,  # type: ignore[arg-type]
-        text_column=task.text_column,
-        text_pair_column=task.pair,
-        max_length=task.max_length,
-        batch_size=batch_size or task.batch_size,
-        bucket_by_length=bucket,
-    )
 
 
 def folder_of(name: str, variant: str, seed: int) -> Path:
@@ -175,20 +118,6 @@ def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     }
 
 
-def save(model: Any, data: TextClassificationData, folder: Path) -> None:
-    """Keep a trained model with its tokenizer."""
-    if lightning_compress.plan_of(model) is None:
-        model.save_pretrained(folder)
-    else:
-        lightning_compress.save_pretrained(model, folder)
-    data.tokenizer.save_pretrained(folder)
-
-
-def load_model(folder: Path) -> Any:
-    """Open a dense or a compressed model."""
-    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-
-
 def evaluate(model: Any, data: TextClassificationData, limit: int | None = None) -> dict[str, Any]:
     """Return accuracy, FLOPs against dense and kept tokens on the test part, run packed, in bf16 autocast."""
     data.prepare_data()
@@ -219,7 +148,9 @@ def evaluate(model: Any, data: TextClassificationData, limit: int | None = None)
 def flops_speedup(model: nn.Module, kept_BL: Tensor, lengths_B: Tensor, last_layer: LastLayer) -> float:
     """Return dense over compressed FLOPs, the ratio of totals."""
     all_BL = lengths_B[:, None].expand_as(kept_BL)
-    dense = DroppingCosts.of(model, policy_flops_per_token=0, last_layer=last_layer).flops(all_BL, lengths_B)
+    dense = DroppingCosts.of(model, policy_flops_per_token=0, exit_flops=0, last_layer=last_layer).flops(
+        all_BL, lengths_B
+    )
     compressed = DroppingCosts.of(model, last_layer=last_layer).flops(kept_BL, lengths_B)
     return round(float(dense.sum() / compressed.sum()), 4)
 
@@ -232,38 +163,6 @@ def dial(name: str, variant: str, seed: int, scales: list[float]) -> Iterator[di
     for scale in scales:
         encoder.policy.scale.fill_(trained * scale)
         yield {**header(name, variant, seed), "dial": scale, **evaluate(model, data)}
-
-
-def header(name: str, variant: str, seed: int) -> dict[str, Any]:
-    """Return what names a row and how it came about."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    task = TASKS[name]
-    return {
-        "task": name,
-        "variant": variant,
-        "seed": seed,
-        "steps": task.steps,
-        "batch_size": task.batch_size,
-        "max_length": task.max_length,
-        "commit": commit.stdout.strip(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-    }
-
-
-def rows_in(file: str) -> list[dict[str, Any]]:
-    """Return the rows of a results file."""
-    path = RESULTS / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(file: str, row: dict[str, Any]) -> None:
-    """Add a row to a results file."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / file).open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
 
 
 def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:

@@ -1,0 +1,439 @@
+"""Fine-tune narrow models and models with exits by one recipe, and append what came out to a results file.
+
+Every row is one run: a data set, a variant, a seed. All start from the fine-tuned ``base`` of
+``benchmarks/token_dropping.py train`` and get the same number of steps; the teacher, where there is one, is that
+command's ``dense`` model. Runs that the results file already holds are skipped, so the command can be stopped and
+started again. Data are looked for in the folder named by LIGHTNING_COMPRESS_DATA.
+
+    python benchmarks/token_dropping.py train --tasks sst2 --variants base dense
+    python benchmarks/slender.py train --tasks sst2 --variants slim50 exits joint50
+    python benchmarks/slender.py curve --tasks sst2 --variants exits joint50
+    python benchmarks/slender.py latency --tasks sst2 --variants slim50 exits
+    python benchmarks/slender.py table
+
+``curve`` lets more and more texts leave trained models with exits, without training. FLOPs are 2 MACs over unpadded
+tokens, the ratio of totals over the test part, exits included; ``speedup`` prices the last layer in full,
+``speedup_run`` as the packed engine runs it, for the classification token only, in the dense model too. ``latency``
+times whole data, as texts come, in processor time of one thread unless told otherwise, with thresholds chosen on
+validation data for ``--max-drop``; ``waiting`` is a model with exits whose whole batch waits for its last text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from recipe import LEARNING_RATE, TASKS, StepClock, append, data_of, header, load_model, rows_in, save
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lightning_compress
+from lightning_compress.callbacks import (
+    ContributionTokenDropping,
+    Distillation,
+    MultiExit,
+    SoftThresholdRank,
+    WidthSlimming,
+)
+from lightning_compress.data import TextClassificationData
+from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.kept_flops import DroppingCosts, LastLayer
+from lightning_compress.nn.surgery import get_module
+from lightning_compress.runtime import packed_encoder
+from lightning_compress.tasks import TextClassifier
+
+FOLDER = Path("runs") / "benchmarks"
+RESULTS, CURVE, LATENCY = "slender.jsonl", "slender_curve.jsonl", "slender_latency.jsonl"
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65)
+
+Variant = Callable[[str], list[Callback]]
+"""From the folder of the teacher to callbacks."""
+
+
+def _distilled(*methods: Callable[[], Callback], **settings: Any) -> Variant:
+    return lambda teacher: [*(method() for method in methods), Distillation(teacher=teacher, **settings)]
+
+
+def _exits(**settings: Any) -> Callable[[], Callback]:
+    """Exits that learn from labels and from the teacher, not from the model's own head."""
+    return partial(MultiExit, final_weight=0.0, **settings)
+
+
+def _slim(percent: int, **settings: Any) -> Callable[[], Callback]:
+    return partial(WidthSlimming, target_params=percent / 100, **settings)
+
+
+VARIANTS: dict[str, Variant] = {
+    "distilled": _distilled(),
+    "student3": _distilled(),
+    "student2": _distilled(),
+    "exits": _distilled(_exits()),
+    "exits_alone": lambda _: [MultiExit()],
+    "sums": _distilled(_exits(equilibrium=False)),
+    **{f"slim{p}": _distilled(_slim(p)) for p in (75, 50, 33, 25, 12)},
+    **{f"undistilled{p}": lambda _, p=p: [_slim(p)()] for p in (50, 25)},
+    **{f"joint{p}": _distilled(_slim(p), _exits()) for p in (75, 50, 33, 25, 12)},
+    **{f"later{p}": _distilled(_exits()) for p in (50, 25)},
+    **{f"group{p}": _distilled(_slim(p, criterion="group_taylor")) for p in (50, 25)},
+    **{f"global{p}": _distilled(_slim(p, ranking="global")) for p in (50, 25)},
+    **{f"l0_{p}": _distilled(_slim(p, criterion="l0")) for p in (50, 25)},
+    "everything": _distilled(
+        _slim(50),
+        partial(SoftThresholdRank, target_params=0.75),
+        partial(ContributionTokenDropping, target_flops=0.33, warmup=0.1),
+        _exits(),
+        hidden_weight=0.0,
+    ),
+}
+DEPTHS = {"student3": (0, 2, 4), "student2": (0, 3)}
+"""Layers that a shorter student starts with."""
+
+
+def folder_of(name: str, variant: str, seed: int) -> Path:
+    """Return where the model of a run is kept; those of the recipe are shared with the other benchmark."""
+    kind = "token_dropping" if variant in ("base", "dense") else "slender"
+    return FOLDER / kind / f"{name}-{variant}-{seed}"
+
+
+def start_of(name: str, variant: str, seed: int) -> str:
+    """Return the folder of the model that a run starts from."""
+    if variant.startswith("later"):
+        return str(folder_of(name, variant.replace("later", "slim"), seed))
+    if variant not in DEPTHS:
+        return str(folder_of(name, "base", seed))
+    model, kept = load_model(folder_of(name, "base", seed)), DEPTHS[variant]
+    layers: Any = get_module(model, f"{describe(model).encoder}.layer")
+    folder = FOLDER / "slender" / f"{name}-{variant}-start-{seed}"
+    encoder: Any = get_module(model, str(describe(model).encoder))
+    encoder.layer = nn.ModuleList(layers[index] for index in kept)
+    model.config.num_hidden_layers = len(kept)
+    save(model, data_of(name), folder)
+    return str(folder)
+
+
+def train(name: str, variant: str, seed: int) -> dict[str, Any]:
+    """Run one training and return its row; the trained model is saved under ``runs/``."""
+    seed_everything(seed)
+    clock = StepClock()
+    callbacks = VARIANTS[variant](str(folder_of(name, "dense", seed)))
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
+        callbacks=[clock, *callbacks], logger=False, enable_checkpointing=False, enable_model_summary=False,
+        num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
+    )  # fmt: skip
+    module = TextClassifier(start_of(name, variant, seed), learning_rate=LEARNING_RATE)
+    data = data_of(name)
+    begun = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - begun
+    model = module.model
+    assert model is not None
+    save(model, data, folder_of(name, variant, seed))
+    return {
+        **header(name, variant, seed),
+        "learning_rate": LEARNING_RATE,
+        "fit_seconds": round(seconds, 1),
+        "step_seconds": clock.median(first_epoch=True),
+        "later_step_seconds": clock.median(first_epoch=False),
+        **sizes(model, load_model(folder_of(name, "dense", seed))),
+        **evaluate(model, data, load_model(folder_of(name, "dense", seed))),
+    }
+
+
+def sizes(model: Any, dense: Any) -> dict[str, float]:
+    """Return how many times fewer parameters the layers and the whole model have, exits included."""
+    layers, whole = _parameters(model), _parameters(dense)
+    return {scope: round(whole[scope] / layers[scope], 3) for scope in ("layers_smaller", "model_smaller")}
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    layers = [get_module(model, layer.path) for layer in describe(model).layers]
+    return {
+        "layers_smaller": sum(p.numel() for layer in layers for p in layer.parameters()),
+        "model_smaller": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def evaluate(model: Any, data: TextClassificationData, dense: Any) -> dict[str, Any]:
+    """Return accuracy, FLOPs against dense, and how deep texts went, on the test part, run packed, in bf16 autocast."""
+    data.prepare_data()
+    data.setup("test")
+    model = lightning_compress.pack(model).eval()
+    encoder: Any = packed_encoder(model)
+    right, kept, lengths = 0, [], []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for batch in data.test_dataloader():
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(-1) == labels).sum())
+            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
+            lengths.append(batch["attention_mask"].sum(dim=1))
+    kept_BL, lengths_B = torch.cat(kept), torch.cat(lengths)
+    return {
+        "accuracy": right / len(lengths_B),
+        "texts": len(lengths_B),
+        "speedup": flops_speedup(model, dense, kept_BL, lengths_B, "all"),
+        "speedup_run": flops_speedup(model, dense, kept_BL, lengths_B, "first"),
+        "depth": round(float((kept_BL > 0).sum(dim=1).float().mean()), 3),
+        "leaves": [round(float(x), 4) for x in (kept_BL > 0).float().mean(dim=0)],
+    }
+
+
+def flops_speedup(
+    model: nn.Module, dense: nn.Module, kept_BL: Tensor, lengths_B: Tensor, last_layer: LastLayer
+) -> float:
+    """Return dense over compressed FLOPs, the ratio of totals."""
+    num_layers = len(describe(dense).layers)
+    all_BL = lengths_B[:, None].expand(-1, num_layers)
+    before = DroppingCosts.of(dense, last_layer=last_layer).flops(all_BL, lengths_B)
+    after = DroppingCosts.of(model, last_layer=last_layer).flops(kept_BL, lengths_B)
+    return round(float(before.sum() / after.sum()), 4)
+
+
+def curve(name: str, variant: str, seed: int, thresholds: list[float]) -> Iterator[dict[str, Any]]:
+    """Evaluate a trained model with exits at thresholds of the entropy, without training."""
+    model, data = load_model(folder_of(name, variant, seed)), data_of(name)
+    dense = load_model(folder_of(name, "dense", seed))
+    for threshold in thresholds:
+        lightning_compress.set_exit_threshold(model, threshold)
+        yield {**header(name, variant, seed), "threshold": threshold, **evaluate(model, data, dense)}
+
+
+def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:
+    """Run what is missing."""
+    for name in tasks:
+        for seed in seeds:
+            for variant in variants:
+                key = (name, variant, seed)
+                if any((r["task"], r["variant"], r["seed"]) == key for r in rows_in(RESULTS)):
+                    continue
+                row = train(name, variant, seed)
+                append(RESULTS, row)
+                print(
+                    f"{key}: accuracy {row['accuracy']:.4f} FLOPs {row['speedup']:.2f}x layers "
+                    f"{row['layers_smaller']:.2f}x smaller",
+                    flush=True,
+                )
+
+
+def run_curve(tasks: list[str], variants: list[str], thresholds: list[float]) -> None:
+    """Evaluate what is missing."""
+    for name in tasks:
+        for variant in variants:
+            done = {(r["task"], r["variant"], r["threshold"]) for r in rows_in(CURVE)}
+            left = [value for value in thresholds if (name, variant, value) not in done]
+            for row in curve(name, variant, 0, left) if left else ():
+                append(CURVE, row)
+                print(
+                    f"{name} {variant} below {row['threshold']}: {row['accuracy']:.4f} {row['speedup']:.2f}x "
+                    f"depth {row['depth']:.2f}",
+                    flush=True,
+                )
+
+
+Runner = Callable[[list[dict[str, Tensor]]], None]
+
+
+def run_latency(
+    name: str, variants: list[str], batch_sizes: list[int], rounds: int, texts: int, clock: str, drop: float
+) -> None:
+    """Time the test texts, batch by batch as they come, through every rival in turns; ratios are formed per round."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    for batch_size in batch_sizes:
+        batches = _batches(name, batch_size, min(texts, 24 if batch_size == 1 else texts))
+        rivals = _rivals(name, variants, drop)
+        for run in rivals.values():
+            run(batches[:1])
+        samples: dict[str, list[float]] = {key: [] for key in rivals}
+        order = list(rivals)
+        for index in range(rounds):
+            for key in order[index % len(order) :] + order[: index % len(order)]:
+                begun = now()
+                rivals[key](batches)
+                samples[key].append(now() - begun)
+        flops = {f"{v} fp32": _flops_of(name, v, batches, drop) for v in variants}
+        for key, seconds in samples.items():
+            row = {
+                **header(name, key, 0),
+                "batch_size": batch_size,
+                "texts": sum(len(batch["input_ids"]) for batch in batches),
+                "threads": torch.get_num_threads(),
+                "clock": clock,
+                "max_drop": drop,
+                "median_seconds": statistics.median(seconds),
+                "seconds": [round(s, 5) for s in seconds],
+                "flops_speedup_run": flops.get(key.replace("bf16", "fp32")),
+            }
+            append(LATENCY, row)
+        _print_latency(name, batch_size, samples, flops)
+
+
+def _batches(name: str, batch_size: int, texts: int) -> list[dict[str, Tensor]]:
+    data = data_of(name, batch_size, bucket=False)
+    data.prepare_data()
+    data.setup("test")
+    batches = []
+    for batch in data.test_dataloader():
+        batches.append({key: value for key, value in batch.items() if key != "labels"})
+        if sum(len(b["input_ids"]) for b in batches) >= texts:
+            break
+    return batches
+
+
+def _opened(name: str, variant: str, drop: float) -> Any:
+    """Open a model; one with exits as fast as the allowed drop of its score on validation data lets it be."""
+    model = load_model(folder_of(name, variant, 0))
+    encoder = packed_encoder(model)
+    if encoder is not None and encoder.exits is not None:
+        data = data_of(name)
+        data.prepare_data()
+        data.setup("validate")
+        batches: Any = data.val_dataloader()
+        lightning_compress.choose_exit_threshold(model, batches, max_drop=drop)
+    return model
+
+
+def _rivals(name: str, variants: list[str], drop: float) -> dict[str, Runner]:
+    rivals: dict[str, Runner] = {}
+    for suffix, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        rivals[f"dense {suffix}"] = _runner(load_model(folder_of(name, "dense", 0)).to(dtype))
+        rivals[f"packed {suffix}"] = _runner(
+            lightning_compress.pack(load_model(folder_of(name, "dense", 0))).to(dtype)
+        )
+        for variant in variants:
+            model = _opened(name, variant, drop).to(dtype)
+            rivals[f"{variant} {suffix}"] = _runner(lightning_compress.pack(model))
+            if getattr(packed_encoder(model), "exits", None) is not None:
+                rivals[f"{variant}, waiting {suffix}"] = _runner(_waiting(copy.deepcopy(model)))
+    return rivals
+
+
+def _waiting(model: nn.Module) -> nn.Module:
+    """Let nobody leave before the whole batch may."""
+    encoder: Any = packed_encoder(model)
+    rule = encoder.exits.rule
+    leaves = rule.leaves
+
+    def together(*args: Any) -> Tensor:
+        leaving_B = leaves(*args)
+        return leaving_B if bool(leaving_B.all()) else torch.zeros_like(leaving_B)
+
+    rule.leaves = together
+    return model
+
+
+def _runner(model: nn.Module) -> Runner:
+    model.eval()
+
+    def run(batches: list[dict[str, Tensor]]) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(**batch)
+
+    return run
+
+
+def _flops_of(name: str, variant: str, batches: list[dict[str, Tensor]], drop: float) -> float:
+    model = lightning_compress.pack(_opened(name, variant, drop)).eval()
+    encoder: Any = packed_encoder(model)
+    kept, lengths = [], []
+    with torch.inference_mode():
+        for batch in batches:
+            model(**batch)
+            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
+            lengths.append(batch["attention_mask"].sum(dim=1))
+    dense = load_model(folder_of(name, "dense", 0))
+    return flops_speedup(model, dense, torch.cat(kept), torch.cat(lengths), "first")
+
+
+def _print_latency(
+    name: str, batch_size: int, samples: dict[str, list[float]], flops: dict[str, float]
+) -> None:
+    table = Table("model", "ms", "x dense fp32", "x dense bf16", "FLOPs", title=f"{name}, batch {batch_size}")
+    for key, seconds in samples.items():
+        ratios = [
+            statistics.median(a / b for a, b in zip(samples[rival], seconds, strict=True))
+            for rival in ("dense fp32", "dense bf16")
+        ]
+        flop = flops.get(key.replace("bf16", "fp32"))
+        table.add_row(
+            key,
+            f"{1e3 * statistics.median(seconds):.1f}",
+            *(f"{r:.2f}" for r in ratios),
+            "" if flop is None else f"{flop:.2f}",
+        )
+    Console().print(table)
+
+
+def print_table() -> None:
+    """Print all rows, each against the dense run of the same data set and seed."""
+    dense = {
+        (r["task"], r["seed"]): r["accuracy"]
+        for r in rows_in("token_dropping.jsonl")
+        if r["variant"] == "dense"
+    }
+    table = Table(
+        "data", "variant", "threshold", "accuracy", "vs dense", "FLOPs", "run", "layers", "model", "depth"
+    )
+    rows = rows_in(RESULTS)
+    size = {(r["task"], r["variant"], r["seed"]): r for r in rows}
+    for row in sorted(
+        [*rows, *rows_in(CURVE)],
+        key=lambda r: (r["task"], r["variant"], r["seed"], r.get("threshold", 0.0)),
+    ):
+        key = (row["task"], row["variant"], row["seed"])
+        base = dense.get((row["task"], row["seed"]))
+        smaller = [f"{size[key][scope]:.2f}" for scope in ("layers_smaller", "model_smaller")]
+        table.add_row(
+            row["task"], row["variant"], str(row.get("threshold", "")), f"{100 * row['accuracy']:.2f}",
+            "" if base is None else f"{100 * (row['accuracy'] - base):+.2f}",
+            f"{row['speedup']:.2f}", f"{row['speedup_run']:.2f}", *smaller, f"{row['depth']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("train", "curve", "latency"):
+        sub = commands.add_parser(command)
+        sub.add_argument("--tasks", nargs="+", default=["sst2"], choices=TASKS)
+        sub.add_argument("--variants", nargs="+", default=["exits"], choices=VARIANTS)
+    commands.choices["train"].add_argument("--seeds", nargs="+", type=int, default=[0])
+    commands.choices["curve"].add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
+    latency = commands.choices["latency"]
+    latency.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
+    latency.add_argument("--rounds", type=int, default=9)
+    latency.add_argument("--texts", type=int, default=96)
+    latency.add_argument("--threads", type=int, default=1)
+    latency.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    latency.add_argument("--max-drop", type=float, default=0.01)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "train":
+        run_training(args.tasks, args.variants, args.seeds)
+    elif args.command == "curve":
+        run_curve(args.tasks, args.variants, args.thresholds)
+    elif args.command == "latency":
+        torch.set_num_threads(args.threads)
+        for name in args.tasks:
+            run_latency(
+                name, args.variants, args.batch_sizes, args.rounds, args.texts, args.clock, args.max_drop
+            )
+    else:
+        print_table()
+
+
+if __name__ == "__main__":
+    main()
