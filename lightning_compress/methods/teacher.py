@@ -24,10 +24,13 @@ from transformers import (
 )
 
 from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.few_bits import dense_state_dict, quantize_linears
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from lightning_compress.nn.surgery import replace_module
+from lightning_compress.nn.width_slimming import WidthGates
+from lightning_compress.runtime import packed_encoder
 
 __all__ = ["MODULE", "SELF", "Teacher", "check_same_task", "load_teacher", "snapshot"]
 
@@ -86,7 +89,7 @@ class Teacher:
                 "teacher='module' stands for a model that was given as teacher_model, which no file holds: give it "
                 f"again, as {self.callback}(teacher_model=...) or in the resources of a Compressor"
             )
-        model = self.load(student) if self.given is None else snapshot(self.given)
+        model = _at_rest(self.load(student)) if self.given is None else snapshot(self.given)
         self.check(model, student)
         self.model = self._prepared(model)
 
@@ -144,18 +147,32 @@ class Teacher:
 
 
 def snapshot(student: nn.Module) -> nn.Module:
-    """Return a copy of a model that drops no token, in evaluation mode and without anybody's hooks."""
+    """Return a copy of a model as wide as it is, in evaluation mode and without anybody's hooks.
+
+    It drops no token, and no text leaves it early.
+    """
     hooks = [getattr(module, name) for module in student.modules() for name in _HOOKS]
-    model = copy.deepcopy(student, {id(table): OrderedDict() for table in hooks})
-    taps = LayerTaps.on(model)
-    if taps is not None:
-        taps.detach()
+    model = _at_rest(copy.deepcopy(student, {id(table): OrderedDict() for table in hooks}))
     for path, module in list(model.named_modules()):
         if isinstance(module, DroppingEncoder):
             policy: Any = module.policy
             policy.is_active = False
         elif isinstance(module, SoftThresholdLinear):  # what it computes depends on its phase
             replace_module(model, path, _dense(module))
+    gates = WidthGates.of(model)
+    if gates is not None:
+        gates.attach(model)
+    return model
+
+
+def _at_rest(model: nn.Module) -> nn.Module:
+    """Let a model answer with all of its layers, unobserved; in place."""
+    for follower in (LayerTaps.on(model), ExitRouter.on(model)):
+        if follower is not None:
+            follower.detach()
+    packed = packed_encoder(model)
+    if packed is not None:
+        packed.exits = None
     return model.eval()
 
 

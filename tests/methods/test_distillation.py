@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForQuestionAnswering, BertModel
 
 from lightning_compress.compressor import Compressor
-from lightning_compress.deploy import attach_plan, save_pretrained
+from lightning_compress.deploy import attach_plan, load, save_pretrained
 from lightning_compress.losses.distillation import (
     prediction_distance,
     representation_loss,
@@ -21,10 +21,13 @@ from lightning_compress.losses.distillation import (
 from lightning_compress.methods import distillation
 from lightning_compress.methods.base import leaves_no_trace
 from lightning_compress.methods.distillation import DistillationConfig, convert, prepare, restore, update
+from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.layer_taps import LayerTaps
+from lightning_compress.nn.multi_exit import exit_logits
 from lightning_compress.plan import PlanError
-from lightning_compress.runtime import is_packed, pack
+from lightning_compress.runtime import is_packed, pack, unpack
 from tests.toys import ToyTexts, tiny_bert
 
 MASK_BT = (torch.arange(6) < torch.tensor([6, 3, 4, 1])[:, None]).long()
@@ -153,6 +156,46 @@ def test_a_deeper_teacher_of_another_vocabulary_of_states_teaches_predictions_on
     shallow = prepared(tiny_bert(num_hidden_layers=3), tiny_bert(num_hidden_layers=2), hidden_weight=0.0)
     shallow.update(0.0)
     assert terms(shallow).keys() == {"distillation/logit"}
+
+
+def test_exits_are_taught_by_the_exits_of_a_teacher_that_was_saved_packed(tmp_path: Path) -> None:
+    deep, exits = {"num_hidden_layers": 3}, MultiExitConfig(threshold=10.0, dropout=0.0)
+    assistant = Compressor(tiny_bert(seed=5, **deep), [exits])
+    assistant.prepare()
+    attach_plan(assistant.model, assistant.convert())
+    save_pretrained(assistant.model, tmp_path / "assistant")
+    teacher = load(tmp_path / "assistant").eval()
+    unpack(teacher)
+    ExitRouter.on(teacher).detach()
+    settings = {"teacher": str(tmp_path / "assistant"), "task_weight": 0.0, "temperature": 2.0}
+    compressor = Compressor(tiny_bert(**deep), [DistillationConfig(**settings), exits])
+    compressor.prepare()
+    compressor.update(0.0)
+    got = terms(compressor)
+    theirs, own = said(teacher), said(compressor.model)
+    expected = sum(float(soft_cross_entropy(own[layer], theirs[layer], 2.0)) for layer in range(3))
+    assert got["distillation/logit"] == pytest.approx(expected, rel=1e-4)
+    assert got["multi_exit/labels"] == got["multi_exit/final"] == 0.0
+
+
+def said(model: nn.Module) -> dict[int, Tensor]:
+    """Logits of each exit of a model of three layers."""
+    LayerTaps.of(model)
+    with torch.no_grad():
+        return {2: model(**texts()).logits, **exit_logits(model)}
+
+
+def test_the_tasks_weight_is_that_of_the_exits_labels_too() -> None:
+    compressor = Compressor(
+        tiny_bert(), [DistillationConfig(task_weight=0.5, start=0.5), MultiExitConfig(dropout=0.0)]
+    )
+    compressor.prepare()
+    compressor.update(0.4)
+    before = terms(compressor)
+    compressor.update(0.5)
+    after = terms(compressor)
+    for name in ("multi_exit/labels", "multi_exit/final"):
+        assert after[name] == pytest.approx(0.5 * before[name]) and before[name] > 0.1
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])

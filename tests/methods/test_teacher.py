@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForTokenClassification, BertModel
 
+from lightning_compress.deploy import attach_plan, save_pretrained
+from lightning_compress.methods.multi_exit import MultiExitConfig
+from lightning_compress.methods.multi_exit import convert as convert_exits
+from lightning_compress.methods.multi_exit import prepare as prepare_exits
 from lightning_compress.methods.teacher import Teacher, check_same_task, load_teacher, snapshot
+from lightning_compress.methods.width_slimming import WidthSlimmingConfig, prune
+from lightning_compress.methods.width_slimming import prepare as prepare_widths
 from lightning_compress.nn.layer_taps import LayerTaps
+from lightning_compress.plan import CompressionPlan, MethodRecord
 from tests.toys import ToyTexts, tiny_bert
 
 
@@ -127,3 +134,40 @@ def test_two_teachers_are_refused_and_a_missing_one_is_asked_for() -> None:
         Teacher("self", given=tiny_bert())
     with pytest.raises(ValueError, match=r"as Distillation\(teacher_model="):
         Teacher("module").open(tiny_bert())
+
+
+def test_a_snapshot_is_as_narrow_as_the_model_was() -> None:
+    student = tiny_bert(initializer_range=0.3)
+    handle = prepare_widths(student, WidthSlimmingConfig(heads=2, ffn=32, start=0.0, end=0.5, ffn_multiple=1))
+    wide = said(student)
+    teacher = Teacher("self")
+    teacher.settle(student)
+    assert torch.equal(said(teacher.on(torch.device("cpu"))), wide)
+    prune(handle, handle.plan.steps)
+    narrow = said(student)
+    assert not torch.allclose(narrow, wide, atol=1e-3)
+    assert torch.equal(said(teacher.on(torch.device("cpu"))), wide)
+    later = Teacher("self")
+    later.settle(student)
+    assert torch.equal(said(later.on(torch.device("cpu"))), narrow)
+    again = Teacher("self")
+    again.load_state_dict(later.state_dict(), student)
+    assert torch.equal(said(again.on(torch.device("cpu"))), narrow)
+
+
+def test_no_text_leaves_a_teacher_early(tmp_path: Path) -> None:
+    student = tiny_bert(num_hidden_layers=3).eval()
+    handle = prepare_exits(student, MultiExitConfig(threshold=10.0))
+    everyone = said(student)  # leaves after the first layer
+    twin = snapshot(student)
+    full = said(twin)
+    assert not torch.allclose(full, everyone, atol=1e-3)
+    assert torch.equal(said(student), everyone)
+    structure = convert_exits(handle)
+    assert torch.allclose(said(student), everyone, atol=1e-5)
+    assert torch.allclose(said(snapshot(student)), full, atol=1e-5)
+    attach_plan(student, CompressionPlan("bert", (MethodRecord("multi_exit", "converted", {}, structure),)))
+    save_pretrained(student, tmp_path / "exits")
+    teacher = Teacher(str(tmp_path / "exits"))
+    teacher.open(tiny_bert())
+    assert torch.allclose(said(teacher.on(torch.device("cpu"))), full, atol=1e-5)
