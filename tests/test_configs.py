@@ -30,16 +30,28 @@ def has_half_of_the_linear_weights(model: nn.Module) -> bool:
     return count_parameters(model).linear <= 0.5 * 2 * (4 * 128 * 128 + 2 * 128 * 256)
 
 
+def has_half_of_the_layers(model: nn.Module) -> bool:
+    dense = 2 * (4 * 128 * 129 + 128 * 256 + 256 + 256 * 128 + 128 + 4 * 128)
+    return count_parameters(model).encoder <= 0.5 * dense
+
+
 def has_a_policy_that_drops_tokens(model: nn.Module) -> bool:
     encoder = packed_encoder(model)
     return encoder is not None and encoder.policy is not None
+
+
+def has_exits(model: nn.Module) -> bool:
+    encoder = packed_encoder(model)
+    return encoder is not None and encoder.exits is not None
 
 
 IS_COMPRESSED = {
     "bottleneck_token_dropping": has_a_policy_that_drops_tokens,
     "contribution_token_dropping": has_a_policy_that_drops_tokens,
     "distillation": has_half_of_the_linear_weights,
+    "multi_exit": has_exits,
     "soft_threshold_rank": has_half_of_the_linear_weights,
+    "width_slimming": has_half_of_the_layers,
 }
 
 

@@ -17,7 +17,9 @@ SAID = {
     "bottleneck_token_dropping": "of the tokens kept",
     "contribution_token_dropping": "of the tokens kept",
     "distillation": "linear weights",
+    "multi_exit": "layers on average",
     "soft_threshold_rank": "linear weights",
+    "width_slimming": "parameters in the layers",
 }
 """What an example says of the model that it leaves."""
 
