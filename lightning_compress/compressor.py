@@ -241,6 +241,10 @@ class Compressor:
         """Map the id of each replaced parameter to the parameters that took its place."""
         return successors_of(self._all_ledgers())
 
+    def newcomers(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters that took nobody's place, such as exits, each with one that it is to be optimised like."""
+        return [pair for handle in self.handles.values() for pair in getattr(handle, "newcomers", ())]
+
     def forget_stale(self) -> None:
         """Release replaced parameters, once every optimizer has been re-pointed by :meth:`successors`."""
         for ledger in self._all_ledgers():

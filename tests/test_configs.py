@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_compress import load, plan_of
 from lightning_compress.cli import main
+from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.runtime import packed_encoder
 from tests.tiny_pretrained import save_tiny_encoder
@@ -45,9 +46,15 @@ def has_exits(model: nn.Module) -> bool:
     return encoder is not None and encoder.exits is not None
 
 
+def is_narrow_and_has_exits(model: nn.Module) -> bool:
+    layers = describe(model).layers
+    return has_exits(model) and all((layer.num_heads, layer.intermediate_size) == (2, 128) for layer in layers)
+
+
 IS_COMPRESSED = {
     "bottleneck_token_dropping": has_a_policy_that_drops_tokens,
     "contribution_token_dropping": has_a_policy_that_drops_tokens,
+    "cost_eff": is_narrow_and_has_exits,
     "distillation": has_half_of_the_linear_weights,
     "multi_exit": has_exits,
     "soft_threshold_rank": has_half_of_the_linear_weights,

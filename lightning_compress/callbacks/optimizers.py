@@ -27,7 +27,7 @@ def optimizers_in(configured: Any) -> Iterator[Optimizer]:
 
 
 def repair_optimizers(configured: Any, compressor: Compressor, module: nn.Module) -> Any:
-    """Edit groups in place: stale parameters give way to their successors, auxiliary ones leave.
+    """Edit groups in place: stale parameters give way to their successors, newcomers join, auxiliary ones leave.
 
     Editing in place keeps learning-rate schedulers valid (the number of groups and their options stay the same), and
     optimizers like LBFGS that hold on to the list of the first group.
@@ -46,7 +46,23 @@ def repair_optimizers(configured: Any, compressor: Compressor, module: nn.Module
             group["params"][:] = [parameter for parameter, _ in live]
             if "param_names" in group:
                 group["param_names"] = [_renamed(names.get(id(p), name), name) for p, name in live]
+    _seat(compressor.newcomers(), [g for o in optimizers_in(configured) for g in o.param_groups], names)
     return configured
+
+
+def _seat(
+    newcomers: Iterable[tuple[nn.Parameter, nn.Parameter]],
+    groups: list[dict[str, Any]],
+    names: dict[int, str],
+) -> None:
+    """Let newcomers that are in no group join that of the parameter they are like, if it is in one."""
+    placed = {id(p) for group in groups for p in group["params"]}
+    for newcomer, like in newcomers:
+        group = next((g for g in groups if any(p is like for p in g["params"])), None)
+        if group is not None and newcomer.requires_grad and id(newcomer) not in placed:
+            group["params"].append(newcomer)
+            if "param_names" in group:
+                group["param_names"].append(names[id(newcomer)])
 
 
 def check_every_parameter_is_optimized(

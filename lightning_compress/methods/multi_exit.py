@@ -143,6 +143,18 @@ class MultiExitHandle:
         """Which tokens of the latest pass are not padding, ``[B, T]``; None if all are."""
         return self.taps.inputs.get("attention_mask")
 
+    @property
+    def newcomers(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weights and biases of the exits, each with one of the model's own head, to be optimised like it."""
+        path = describe(self.model).head
+        assert path is not None, "checked in prepare"
+        head = [p for p in get_module(self.model, path).parameters() if p.requires_grad]
+        if self.router is None or not head:
+            return []
+        last = {p.dim() > 1: p for p in head}
+        new = [*self.router.heads.parameters(), *self.router.rule.parameters()]
+        return [(p, last.get(p.dim() > 1, head[-1])) for p in new]
+
     def open_resources(self) -> None:
         """Nothing: it needs none."""
 

@@ -242,3 +242,36 @@ def test_convert_can_wait() -> None:
     assert not is_packed(module) and set(depths(module.model)) == {1}
     convert(module)
     assert is_packed(module) and set(depths(module.model)) == {1}
+
+
+class BoundEarly(ToyModule):
+    """Makes its optimizer with the model, in groups with names, as a command line does."""
+
+    def __init__(self, leaves_out: str = "") -> None:
+        super().__init__(**DEEP)
+        given = [(name, p) for name, p in self.named_parameters() if not leaves_out or leaves_out not in name]
+        matrices = [pair for pair in given if pair[1].dim() > 1]
+        vectors = [pair for pair in given if pair[1].dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+def test_exits_join_an_optimizer_that_was_made_before_them() -> None:
+    module = BoundEarly()
+    fitted(MultiExit(rule="learned", convert=False), module=module)
+    model: Any = module.model
+    for group, dims in zip(module.optimizer.param_groups, (2, 1), strict=True):
+        held = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
+        new = [p for p in [*model.exits.parameters(), *model.exit_rule.parameters()] if p.dim() == dims]
+        assert len(new) == 4 and {id(p) for p in new} <= set(held)
+        assert held[id(new[0])] == f"model.exits.0.classifier.{'weight' if dims == 2 else 'bias'}"
+    weight = model.exits["0"].classifier.weight
+    assert module.optimizer.state[weight]["step"] == 6
+
+
+def test_exits_whose_like_is_in_no_optimizer_are_missed_before_training() -> None:
+    with pytest.raises(RuntimeError, match=r"in no optimizer and would never change: .*classifier"):
+        fitted(MultiExit(), module=BoundEarly(leaves_out="classifier"))
