@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lightning_compress.deploy import exit_card
 from lightning_compress.deploy.dropping_card import (
     NOTE_ON_SIZE,
     describe_dropping,
@@ -118,7 +119,7 @@ def model_card(
         f"# {type(model).__name__}, compressed with lightning-compress",
         _how_to_load(model, plan),
         "## Size",
-        _size_table(model, weight_bytes, drops_tokens(plan)),
+        _size_table(model, weight_bytes, plan),
         "## Structure",
         *(_structure(model, record) for record in plan.methods),
         *([] if plan.methods else ["That of the dense model: nothing in it is compressed."]),
@@ -149,10 +150,13 @@ def _how_to_load(model: PreTrainedModel, plan: CompressionPlan) -> str:
     opens = f'model = {name}.from_pretrained("path/to/this/folder")\n'
     if not plan.methods:
         return f"The model opens with transformers alone:\n\n```python\nfrom transformers import {name}\n\n{opens}```"
-    keeps_weights = drops_tokens(plan) and len(plan.methods) == 1
+    lost = ["in which no token leaves"] * drops_tokens(plan) + ["without exits"] * exit_card.lets_texts_leave(
+        plan
+    )
+    weights_stay = drops_tokens(plan) + sum(record.method == "multi_exit" for record in plan.methods)
     otherwise = (
-        "opens the dense model, in which no token leaves"
-        if keeps_weights
+        ", ".join(["opens the dense model", *[" and ".join(lost)] * bool(lost)])
+        if len(plan.methods) == weights_stay
         else "leaves the compressed layers at random values"
     )
     return (
@@ -165,24 +169,30 @@ def _how_to_load(model: PreTrainedModel, plan: CompressionPlan) -> str:
     )
 
 
-def _size_table(model: PreTrainedModel, weight_bytes: int, drops: bool) -> str:
+def _size_table(model: PreTrainedModel, weight_bytes: int, plan: CompressionPlan) -> str:
+    drops, exits = drops_tokens(plan), exit_card.lets_texts_leave(plan)
     dense = build_skeleton(model, None)
     before, after = count_parameters(dense), count_parameters(model)
     flops_before = count_flops(dense, [_TOKENS]).total
-    flops_after = flops_of_text(model, _TOKENS) if drops else count_flops(model, [_TOKENS]).total
+    flops_after = flops_of_text(model, _TOKENS) if drops or exits else count_flops(model, [_TOKENS]).total
     rows = [
         ("parameters of the linear layers", before.linear, after.linear),
         ("parameters of all layers", before.encoder, after.encoder),
         ("parameters in total", before.total, after.total),
-        (f"FLOPs for one text of {_TOKENS} tokens" + ", if none leaves" * drops, flops_before, flops_after),
+        (
+            f"FLOPs for one text of {_TOKENS} tokens" + ", if none leaves" * (drops or exits),
+            flops_before,
+            flops_after,
+        ),
         ("bytes of the weights on disk", before.total * model.dtype.itemsize, weight_bytes),
     ]
     table = _table(
         ["", "dense", "compressed", "ratio"],
         [[name, f"{was:,.0f}", f"{now:,.0f}", f"{now / was:.3f}"] for name, was, now in rows],
     )
-    note = f"{NOTE_ON_SIZE}\n\n" if drops else ""
-    return f"{table}\n\n{note}FLOPs are 2 MACs, counted; the dense bytes are computed from the parameters."
+    notes = [*[NOTE_ON_SIZE] * drops, *[exit_card.NOTE_ON_SIZE] * exits]
+    counted = "FLOPs are 2 MACs, counted; the dense bytes are computed from the parameters."
+    return "\n\n".join([table, *notes, counted])
 
 
 def _structure(model: PreTrainedModel, record: MethodRecord) -> str:
@@ -214,6 +224,7 @@ def _structure_as_json(model: PreTrainedModel, structure: Mapping[str, Any]) -> 
 
 _STRUCTURES: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], str]] = {
     "soft_threshold_rank": _rank_table,
+    "multi_exit": exit_card.describe_exits,
     **{
         method: partial(describe_dropping, method=method)
         for method in ("contribution_token_dropping", "bottleneck_token_dropping")
