@@ -266,7 +266,13 @@ def _scopes(model: nn.Module) -> ScopeCounts:
 
 
 def _ranked(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "rank", None), int)]
+    """Linears of low rank; word embeddings may be factorised too, and are none."""
+    found = model.named_modules()
+    return [
+        (name, m)
+        for name, m in found
+        if isinstance(getattr(m, "rank", None), int) and hasattr(m, "in_features")
+    ]
 
 
 def _terms_of(module: LightningModule) -> dict[str, float]:
