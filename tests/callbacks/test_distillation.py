@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +13,16 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_compress import DistillationLossMixin, load, save_pretrained
-from lightning_compress.callbacks import CompressionReport, Distillation, SoftThresholdRank
+from lightning_compress import DistillationLossMixin, load, plan_of, save_pretrained
+from lightning_compress.callbacks import (
+    CompressionReport,
+    Distillation,
+    MultiExit,
+    SoftThresholdRank,
+    WidthSlimming,
+)
 from lightning_compress.callbacks.base import CompressionMixin
+from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_parameters
 from tests.callbacks.test_contribution_token_dropping import (
     InterruptedByTestError,
@@ -202,15 +210,19 @@ def test_two_processes_that_wait_for_every_gradient_get_them_in_every_phase() ->
 
 
 def run(
-    callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
+    callbacks: list[Callback],
+    ckpt_path: Path | None = None,
+    seed: int = 0,
+    beside: Sequence[Callback] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
     module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     random.seed(seed)
     torch.manual_seed(seed)
-    method = Distillation(**{**SETTINGS, "convert": False, **settings})
+    callbacks = [Distillation(**{**SETTINGS, "convert": False, **settings}), *beside, *callbacks]
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
+    trainer = toy_trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=saves)
     trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
     compressor = module.__dict__["_compression"].compressor
     return {
@@ -250,3 +262,33 @@ def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp
             run([Interrupts(step, hook), saves])
         resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99)
         assert differences(whole, resumed) == [], f"stopped in step {step}"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("start", [0.3, 0.6], ids=["taught from the whole width", "taught from half way"])
+def test_slimming_exits_and_teacher_resume_together(start: float, tmp_path: Path) -> None:
+    settings: Any = {"start": start, "stages": (start, 0.7), "task_weight": 0.0}
+
+    def parts() -> list[Callback]:
+        widths = WidthSlimming(heads=0.5, ffn=0.5, start=0.3, end=0.7, steps=2, convert=False)
+        return [MultiExit(convert=False), widths]
+
+    whole = run([every_step(tmp_path)], beside=parts(), **settings)
+    assert whole["compression"]["handles"]["width_slimming"]["done"] == 2
+    for step in (3, 5, 8, 10):
+        resumed = run([], ckpt_path=tmp_path / f"step={step}.ckpt", seed=step, beside=parts(), **settings)
+        assert differences(whole, resumed) == [], f"resumed after step {step}"
+
+
+def test_slimming_exits_and_teacher_end_in_a_narrow_model_with_exits(tmp_path: Path) -> None:
+    module = ToyModule()
+    widths = WidthSlimming(heads=0.5, ffn=0.5, start=0.3, end=0.7, steps=2)
+    parts = [Distillation(**SETTINGS), MultiExit(threshold=0.69), widths]
+    toy_trainer(callbacks=parts, max_steps=12).fit(module, toy_loader(48))
+    plan = plan_of(module)
+    assert plan is not None and [record.method for record in plan.methods] == ["width_slimming", "multi_exit"]
+    save_pretrained(module, tmp_path)
+    again, batch = load(tmp_path).eval(), next(iter(toy_loader()))
+    assert [layer.num_heads for layer in describe(again).layers] == [2, 2]
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, module.model.eval()(**batch).logits)
