@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from lightning_compress.nn.anatomy import Anatomy, describe
+from lightning_compress.nn.factored_embedding import check_embedding_rank
 from lightning_compress.nn.importance import LayerScores
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.nn.width_budget import (
@@ -158,8 +159,8 @@ def plan_widths(model: nn.Module, wish: WidthWish) -> WidthPlan:
     """Turn a wish into counts.
 
     Raises:
-        ValueError: If a count is larger than what there is, heads do not come in whole groups, or the target cannot be
-            reached.
+        ValueError: If a count is larger than what there is, heads do not come in whole groups, the target cannot be
+            reached, or weights are shared in a way that does not let a width change.
     """
     anatomy = describe(model)
     _check_layers(model, anatomy)
@@ -188,6 +189,8 @@ def plan_widths(model: nn.Module, wish: WidthWish) -> WidthPlan:
             multiple=multiple,
             rank_multiple=default_multiple(width),
         )
+    if final.embedding_rank is not None:
+        check_embedding_rank(model, final.embedding_rank)
     final = replace(final, hidden=hidden)
     dense = replace(
         costs.full,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, get_peft_model
 
 from lightning_compress import load, save_pretrained
 from lightning_compress.callbacks import (
@@ -19,6 +20,7 @@ from lightning_compress.callbacks import (
     WidthSlimming,
 )
 from lightning_compress.nn.flops import count_parameters
+from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.width_slimming import WidthGates
 from lightning_compress.runtime import pack, packed_encoder
 from tests.callbacks.test_contribution_token_dropping import (
@@ -137,6 +139,36 @@ def test_the_gated_model_of_low_rank_layers_computes_what_is_left_of_it() -> Non
     before = logits(module.model)
     module.__dict__["_compression"].compressor.convert()
     assert torch.allclose(logits(module.model), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "per_exit"])
+def test_a_separate_pass_asks_all_exits(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    add = ImportanceMeter.add
+    monkeypatch.setattr(ImportanceMeter, "add", lambda *args: (passes.append(1), add(*args)))
+    module = ToyModule(num_hidden_layers=3)
+    method = WidthSlimming(heads=2, ffn=32, hidden=24, criterion=criterion, calibration_batches=2)
+    toy_trainer(callbacks=[method, MultiExit(threshold=0.5)], max_steps=12).fit(module, toy_loader())
+    assert len(passes) == 2 * 2 * (3 if criterion == "per_exit" else 1)  # steps, batches, exits
+    assert module.model.exits["0"].classifier.in_features == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_are_slimmed_by_learned_gates() -> None:
+    module = ToyModule()
+    module.model = get_peft_model(
+        module.model, LoraConfig(r=2, target_modules=["query", "value", "dense"], task_type="SEQ_CLS")
+    )
+    with pytest.raises(ValueError, match="weights that are frozen"):
+        toy_trainer(callbacks=[WidthSlimming()]).fit(module, toy_loader())
+    method = WidthSlimming(criterion="l0", target_params=0.6)
+    toy_trainer(callbacks=[method], max_steps=8).fit(module, toy_loader())
+    layer = module.model.base_model.model.bert.encoder.layer[0]
+    assert layer.attention.self.query.base_layer.out_features < 32
+    assert layer.attention.self.query.lora_B["default"].out_features < 32
+    assert (
+        layer.output.dense.lora_A["default"].in_features == layer.intermediate.dense.base_layer.out_features
+    )
 
 
 def test_slimming_shows_in_the_shapes_that_a_packed_encoder_runs() -> None:

@@ -14,7 +14,7 @@ from lightning_compress.losses.width_slimming import (
     terms,
 )
 from lightning_compress.nn.width_budget import LayerCost
-from tests.toys_widths import slimmed
+from tests.toys_slimming import slimmed
 
 
 def test_the_expected_cost_sums_open_probabilities_times_costs() -> None:

@@ -11,7 +11,7 @@ from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits, install_exits
 from tests.toys import tiny_bert
-from tests.toys_widths import batch
+from tests.toys_slimming import batch
 
 
 def test_the_pass_sums_the_scores_of_its_batches() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_compress.methods.width_plan import plan_widths
 from lightning_compress.methods.width_slimming import WidthSlimmingConfig
@@ -84,3 +85,41 @@ def test_heads_and_neurons_share_one_budget_under_a_target() -> None:
     assert [int(mask.heads_G.sum()) for mask in masks] == [1, 1]
     counts = Counts((1, 1), tuple(int(mask.neurons_F.sum()) for mask in masks))
     assert plan.costs.of(counts) <= plan.budget < plan.costs.of(Counts((1, 1), (64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "ffn", "rank", "millions"),
+    [
+        (8, 2048, 512, 73.16),
+        (8, 1024, 512, 54.27),
+        (6, 1536, 384, 54.98),
+        (4, 1024, 256, 36.81),
+        (4, 512, 256, 27.37),
+        (3, 768, 192, 27.73),
+        (2, 512, 128, 18.64),
+        (2, 256, 128, 13.92),
+    ],
+)
+def test_the_sizes_of_the_specification_are_foreseen(
+    heads: int, ffn: int, rank: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig())
+    plan = planned(model, heads=heads, ffn=ffn, embedding_rank=rank, scope="total")
+    # eleven exits of 768 x 2 + 2 more, and no pooler
+    expected = plan.costs.of(plan.final) + 11 * 1538 - (768 * 768 + 768)
+    assert expected / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_widths_that_shared_weights_do_not_allow_are_refused_before_training(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="hidden width of this BertForMaskedLM cannot change"):
+        planned(tiny("bert", "BertForMaskedLM"), hidden=0.5)
+
+
+def test_a_narrower_hidden_width_leaves_more_of_the_budget_to_the_rest() -> None:
+    wide, narrow = planned(target_params=0.5), planned(target_params=0.5, hidden=20)
+    assert narrow.final.hidden == 20 and narrow.dense.hidden == 32
+    assert (
+        narrow.final.neurons_L[0] > wide.final.neurons_L[0] or narrow.final.heads_L[0] > wide.final.heads_L[0]
+    )
+    assert narrow.budget == wide.budget == 0.5 * wide.dense_cost

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.compressor import Compressor
 from lightning_compress.methods import width_slimming
 from lightning_compress.methods.width_slimming import (
     WidthSlimmingConfig,
@@ -23,7 +24,7 @@ from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.width_slimming import WidthGates
 from lightning_compress.plan import PlanError
 from tests.toys import tiny_bert
-from tests.toys_widths import batch, logits, slimmed
+from tests.toys_slimming import batch, logits, slimmed
 
 FAMILIES = {
     "bert": "BertForSequenceClassification",
@@ -162,6 +163,26 @@ def test_embeddings_count_in_the_total_and_are_factored() -> None:
     structure = convert(handle)
     assert structure["embedding_rank"] is not None
     assert torch.allclose(logits(handle.model), before, atol=1e-5)
+
+
+def test_the_hidden_width_falls_with_the_rest() -> None:
+    handle = slimmed(8, hidden=20, heads=2, ffn=0.5, embedding_rank=16)
+    before = logits(handle.model)
+    structure = convert(handle)
+    assert structure["hidden"] == 20 and structure["embedding_rank"] == 16
+    assert torch.allclose(logits(handle.model), before, atol=1e-5)
+    fresh = tiny_bert(seed=9)
+    restore(fresh, structure)
+    fresh.load_state_dict(handle.model.state_dict())
+    assert torch.equal(logits(fresh), logits(handle.model))
+
+
+def test_the_dense_skeleton_of_a_model_in_training_has_its_dense_size() -> None:
+    compressor = Compressor(tiny_bert(), [WidthSlimmingConfig(scope="total", target_params=0.5)])
+    compressor.prepare()
+    compressor.update(0.99)
+    assert count_parameters(compressor.model).total <= 0.5 * count_parameters(tiny_bert()).total
+    assert count_parameters(compressor.dense_skeleton()) == count_parameters(tiny_bert())
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "group_taylor", "per_exit"])

@@ -78,6 +78,28 @@ def test_a_gated_model_computes_what_the_cut_one_does(model_type: str, class_nam
     assert count_parameters(model) == counted and count_flops(model, [5, 3]) == flops
 
 
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [*FAMILIES.items(), ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")],
+)
+def test_closed_hidden_dimensions_are_cut_ones(model_type: str, class_name: str, tiny: Any) -> None:
+    model = tiny(model_type, class_name)
+    with torch.no_grad():  # norms that scale and shift each dimension differently
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    dense = logits(model)
+    gates = WidthGates.install(model, hidden=True)
+    gates.hidden.close((torch.arange(32) % 3 > 0).float())
+    gates.close(some_masks(gates))
+    gated, counted = logits(model), count_parameters(model)
+    assert not torch.allclose(gated, dense, atol=1e-3)
+    widths = gates.widths
+    WidthGates.remove_from(model)
+    apply_widths(model, widths, Ledger(model))
+    assert torch.allclose(logits(model), gated, atol=1e-5)
+    assert count_parameters(model) == counted
+
+
 @pytest.mark.parametrize("class_name", ["BertForSequenceClassification", "BertForMaskedLM"])
 def test_projected_embeddings_are_factored_ones_tied_heads_too(class_name: str, tiny: Any) -> None:
     model = tiny("bert", class_name)
