@@ -1,57 +1,53 @@
-"""What tests of the surgery of widths share: lively models, and how to close what would be cut off."""
+"""A bare loop that trains a tiny model while its widths fall."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from lightning_compress.nn.anatomy import describe
-from lightning_compress.nn.surgery import dense_weight, get_module
+from lightning_compress.auxiliary import AuxiliaryOptimizer
+from lightning_compress.losses.width_slimming import terms
+from lightning_compress.methods.width_slimming import (
+    WidthSlimmingConfig,
+    WidthSlimmingHandle,
+    prepare,
+    update,
+)
+from tests.toys import ToyTexts, tiny_bert
 
-CLASSIFIERS = [
-    ("bert", "BertForSequenceClassification"),
-    ("roberta", "RobertaForSequenceClassification"),
-    ("distilbert", "DistilBertForSequenceClassification"),
-    ("electra", "ElectraForSequenceClassification"),
-    ("gpt2", "GPT2ForSequenceClassification"),
-    ("llama", "LlamaForSequenceClassification"),
-]
-IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 1, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+__all__ = ["batch", "logits", "slimmed"]
 
 
-def lively(model: PreTrainedModel) -> PreTrainedModel:
-    """Give every parameter, biases and norms too, a value of its own."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
+def batch(size: int = 8) -> dict[str, Tensor]:
+    rows = [ToyTexts()[i] for i in range(size)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK).logits
+        return model.eval()(batch()["input_ids"]).logits
 
 
-def columns(model: nn.Module, layer: int, role: str) -> Tensor:
-    """The weight ``[out, in]`` of the layer's linear with this role, as a view."""
-    slot = next(slot for slot in describe(model).layers[layer].linears if slot.role == role)
-    return dense_weight(get_module(model, slot.path))
-
-
-@torch.no_grad()
-def zero_heads(model: nn.Module, layer: int, dropped: list[int]) -> None:
-    """Cut what the heads (all query heads of a key-value group) say off, by zeros in the output's columns."""
-    anatomy = describe(model).layers[layer]
-    queries = anatomy.num_heads // anatomy.num_key_value_heads
-    for head in range(anatomy.num_heads):
-        if head // queries in dropped:
-            start = head * anatomy.head_dim
-            columns(model, layer, "attention_output")[:, start : start + anatomy.head_dim] = 0.0
-
-
-@torch.no_grad()
-def zero_neurons(model: nn.Module, layer: int, dropped: list[int]) -> None:
-    for neuron in dropped:
-        columns(model, layer, "ffn_out")[:, neuron] = 0.0
+def slimmed(
+    length: int = 10, /, until: int | None = None, model: nn.Module | None = None, **settings: Any
+) -> WidthSlimmingHandle:
+    """A handle after ``until`` of ``length`` steps of training."""
+    model = tiny_bert() if model is None else model
+    handle = prepare(model, WidthSlimmingConfig(**settings))
+    auxiliary = AuxiliaryOptimizer([handle])
+    own = {id(parameter) for parameter in auxiliary.parameters}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if id(p) not in own], lr=1e-3)
+    model.train()
+    for step in range(length if until is None else until):
+        update(handle, step / length)
+        handle.end_pass()
+        loss = model(**batch()).loss + sum(terms(handle).values())
+        loss.backward()
+        handle.end_pass()
+        handle.read_gradients()
+        auxiliary.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return handle
