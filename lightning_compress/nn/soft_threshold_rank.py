@@ -217,7 +217,8 @@ class SoftThresholdLinear(nn.Module):
             index_K = torch.as_tensor(outputs, dtype=torch.int64, device=self.u_OM.device)
             _shrink(self.u_OM, self.u_OM.index_select(0, index_K))
             if self.bias is not None:
-                kept = self.bias.index_select(0, index_K.to(self.bias.device))
+                index_K = torch.as_tensor(outputs, dtype=torch.int64, device=self.bias.device)
+                kept = self.bias.index_select(0, index_K)
                 self.bias = nn.Parameter(kept, requires_grad=self.bias.requires_grad)
         self.in_features, self.out_features = self.v_MI.shape[1], self.u_OM.shape[0]
         if self.mode == "open" and self.full_rank > min(self.in_features, self.out_features):

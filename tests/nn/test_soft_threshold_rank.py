@@ -197,6 +197,16 @@ def test_gathered_inputs_move_with_the_layer() -> None:
     assert made.settled_moment_II is not None and made.settled_moment_II.is_meta
 
 
+def test_a_layer_whose_matrices_are_on_the_meta_device_is_narrowed_for_counting() -> None:
+    _, made = layer()
+    bias = made.bias
+    made.to("meta")
+    made.bias = bias
+    made.keep_features([0, 3, 4], [1, 2])
+    assert (made.in_features, made.out_features) == (3, 2) and made.u_OM.is_meta
+    assert made.bias is not None and bias is not None and made.bias.tolist() == bias[[1, 2]].tolist()
+
+
 def test_kept_directions_follow_a_loaded_mask() -> None:
     made, other = SoftThresholdLinear(nn.Linear(4, 4)), SoftThresholdLinear(nn.Linear(4, 4))
     made.pin(torch.tensor([True, False, True, False]))
