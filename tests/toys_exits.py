@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import attach_plan
+from lightning_compress.methods import MethodConfig
+from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.nn.exit_policy import ExitRule
 from lightning_compress.nn.exit_rules import make_exit_rule
 from lightning_compress.nn.segments import Segments, segment_sum
 
-__all__ = ["ToyExits", "add_exits", "alone", "labelled_batches", "together"]
+__all__ = ["ToyExits", "add_exits", "alone", "exiting_model", "labelled_batches", "together"]
 
 
 class ToyExits:
@@ -107,3 +111,14 @@ def labelled_batches(lengths: list[list[int]], num_labels: int = 2) -> list[dict
             {"input_ids": ids_BT.where(mask_BT > 0, 0), "attention_mask": mask_BT, "labels": labels_B}
         )
     return batches
+
+
+def exiting_model(model: Any, *others: MethodConfig, **settings: Any) -> Any:
+    """Convert a model with the library's own exits, untrained, but sure of something."""
+    compressor = Compressor(model, [*others, MultiExitConfig(**settings)])
+    compressor.prepare()
+    attach_plan(model, compressor.convert())
+    torch.manual_seed(1)
+    for head in model.exits.values():
+        nn.init.normal_(head.classifier.weight, std=0.4)
+    return model.eval()

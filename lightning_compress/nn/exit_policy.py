@@ -25,9 +25,15 @@ ExitRuleName = Literal["entropy", "max_prob", "margin", "patience", "learned"]
 class ExitPolicy(Protocol):
     """Lets examples leave the packed engine between layers; holds exit heads and a rule, and the logits of who left."""
 
-    rule: ExitRule
-    layers: tuple[int, ...]
-    """Layers after which there is an exit, ascending, from 0; the last layer is not among them."""
+    @property
+    def rule(self) -> ExitRule:
+        """When examples leave."""
+        ...
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers after which there is an exit, ascending, from 0; the last layer is not among them."""
+        ...
 
     def start(self, segments: Segments) -> None:
         """Forget the latest pass: one with these examples begins."""
@@ -163,7 +169,7 @@ class ExitRule(nn.Module):
         """Cast and move as usual, but keep the threshold exact: 0.999 would be 1 in half precision."""
         exact = self.threshold
         super()._apply(fn, recurse)
-        if self.threshold.dtype != exact.dtype and not self.threshold.is_meta:
+        if self.threshold.dtype != exact.dtype:
             self.threshold = exact.to(self.threshold.device)
         return self
 

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_compress.nn.anatomy import Anatomy, describe, find_transformer
+from lightning_compress.nn.exit_router import ExitRouter
+from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime.encoder import PackedEncoder
 
@@ -23,7 +25,8 @@ def pack(model: Model) -> Model:
     """Let a model run packed: the same layers and weights, padding never computed, and far less Python per layer.
 
     In place, for inference and training alike; outputs are equal up to rounding. What is saved is unchanged:
-    ``save_pretrained`` writes the same files as before. Packing twice is packing once.
+    ``save_pretrained`` writes the same files as before. Packing twice is packing once. Texts that leave a model by an
+    exit cost nothing from there on.
 
     Args:
         model: A BERT, RoBERTa, DistilBERT or ELECTRA, or any module that holds one.
@@ -48,14 +51,17 @@ def pack(model: Model) -> Model:
     transformer, anatomy = _described(model)
     path = _encoder_path(anatomy)
     if not isinstance(get_module(transformer, path), PackedEncoder):
-        _put(transformer, path, PackedEncoder(transformer, anatomy))
+        encoder = PackedEncoder(transformer, anatomy)
+        encoder.exits = ExitRouter.on(transformer)
+        _put(transformer, path, encoder)
     return model
 
 
 def unpack(model: Model) -> Model:
     """Put the family's own encoder back, around the layers and weights as they are now; in place.
 
-    A model that is not packed stays as it is.
+    A model that is not packed stays as it is. Texts that leave by an exit get the same answer, but all layers are
+    computed for each.
 
     Returns:
         ``model`` itself.
@@ -72,6 +78,8 @@ def unpack(model: Model) -> Model:
                 "lightning_compress.set_threshold_scale(model, 0) to drop none, or keep a copy of the dense model"
             )
         transformer, anatomy = _described(model)
+        if encoder.exits is not None:
+            LayerTaps.of(transformer)  # exits then read what the layers put out
         _put(transformer, _encoder_path(anatomy), encoder.family)
     return model
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from lightning_compress.nn.anatomy import LayerAnatomy, describe, find_transformer
 from lightning_compress.nn.dropping import real_tokens
+from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.surgery import get_module, replace_module
 from lightning_compress.runtime.block import LeanLayer
 from lightning_compress.runtime.encoder import PackedEncoder
@@ -119,7 +120,7 @@ def make_static(model: Model, counts: Sequence[int] | None = None) -> Model:
     Before each layer that decides, the ``counts`` tokens with the largest predicted shares stay, in their order; the
     classification token always, protected tokens before others, padding last. Thresholds and dial play no part: a
     long text may lose tokens that its thresholds would keep, and a short one keeps tokens that they would drop. With
-    counts of at least the padded length this is the dense model.
+    counts of at least the padded length this is the dense model. Nobody leaves by an exit: all run all layers.
 
     Args:
         model: A converted or loaded token-dropping model, a packed or a dense encoder, or a module that holds one. Its
@@ -155,6 +156,9 @@ def make_static(model: Model, counts: Sequence[int] | None = None) -> Model:
         )
     fixed = StaticEncoder(encoder, anatomy.layers, checked)
     replace_module(transformer, anatomy.encoder, fixed)
+    router = ExitRouter.on(transformer)
+    if router is not None:
+        router.detach()
     fixed.guard.take_over(get_module(transformer, anatomy.embeddings), encoder.policy)
     return static
 
@@ -184,13 +188,16 @@ def static_counts(model: nn.Module, batches: Iterable[Batch], quantile: float = 
         raise ValueError(f"quantile={quantile} is outside (0, 1]: 0.95 covers all but one text in twenty")
     encoder = dropping_encoder(model)
     transformer: Any = find_transformer(model)[1]
-    was_training = transformer.training
+    was_training, exits = transformer.training, encoder.exits
     transformer.eval()
-    kept = []
-    for batch in batches:
-        transformer(**inputs_of(transformer, batch))
-        kept.append(kept_counts(encoder).cpu())
-    transformer.train(was_training)
+    kept, encoder.exits = [], None  # nobody will leave early
+    try:
+        for batch in batches:
+            transformer(**inputs_of(transformer, batch))
+            kept.append(kept_counts(encoder).cpu())
+    finally:
+        encoder.exits = exits
+        transformer.train(was_training)
     if not kept:
         raise ValueError("there are no batches to count tokens in: give some, as a list or a data loader")
     sorted_BL = torch.cat(kept).sort(dim=0).values

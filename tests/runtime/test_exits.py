@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.runtime.packing import pack, packed_encoder
+from lightning_compress import load, save_pretrained
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
+from lightning_compress.runtime.exit_dial import choose_exit_threshold, exit_threshold
+from lightning_compress.runtime.packing import is_packed, pack, packed_encoder, unpack
+from lightning_compress.runtime.static import make_static, static_counts
 from tests.runtime.conftest import FAMILIES, HalfPolicy, MaskedEncoder, ragged
-from tests.toys_exits import ToyExits, add_exits, alone, together
+from tests.toys_exits import ToyExits, add_exits, alone, exiting_model, together
 
 LENGTHS = [9, 1, 5, 12, 3, 5, 7, 2]
 LAYERS = 4
@@ -276,3 +280,60 @@ def test_copies_of_a_model_leave_by_exits_of_their_own(deep):
     assert [name for name in model.state_dict() if "exits" in name] == [
         f"exits.{layer}.{part}" for layer in exits.layers for part in ("weight", "bias")
     ]
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("is_fresh", [False, True])
+def test_unpacking_and_packing_again_change_no_answer(deep, family, is_fresh, tmp_path):
+    model, batch = exiting_model(deep(family, torch.float32)), ragged(LENGTHS)
+    choose_exit_threshold(model, [batch], target_flops=0.7)
+    if is_fresh:
+        save_pretrained(model, tmp_path)
+        model = load(tmp_path)
+    with torch.no_grad():
+        expected = model(**batch)
+        assert len(set(expected.exit_depth.tolist())) > 1
+        slow = unpack(model)(**batch)
+        assert not is_packed(model)
+        again = pack(model)(**batch)
+    for found in (slow, again):
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert found.exit_depth.tolist() == expected.exit_depth.tolist()
+    rows = [segments.num_rows for segments in packed_encoder(model).latest]
+    assert rows[-1] < rows[0] == sum(LENGTHS)
+
+
+def test_nobody_leaves_a_static_model_and_it_can_be_exported(deep):
+    model = exiting_model(deep(dtype=torch.float32), threshold=0.5)
+    batch, exits = ragged([5, 3, 5]), packed_encoder(model).exits
+    static = make_static(model)
+    exits.rule.threshold.fill_(exits.rule.off)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(static(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+        program = torch.export.export(static, (), batch).module()
+        torch.testing.assert_close(program(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_for_a_static_model_are_of_texts_that_run_all_layers(deep):
+    model = exiting_model(deep(dtype=torch.float32), ContributionTokenDroppingConfig(), threshold=9.0)
+    batch, encoder = ragged(LENGTHS), packed_encoder(model)
+    exits, encoder.exits = encoder.exits, None
+    expected = static_counts(model, [batch])
+    encoder.exits = exits
+    assert static_counts(model, [batch]) == expected and expected[-1] >= 1
+    assert encoder.exits is exits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_threshold_opens_as_it_was_saved_whatever_the_precision(deep, dtype, tmp_path):
+    model = exiting_model(deep(dtype=torch.float32), rule="max_prob", threshold=0.999)
+    packed_encoder(model).exits.rule.is_checked_K[1] = False
+    exact = exit_threshold(model)
+    save_pretrained(model, tmp_path)
+    opened = load(tmp_path, dtype=dtype)
+    assert next(opened.parameters()).dtype == dtype
+    assert exit_threshold(opened) == exact < 1.0
+    assert packed_encoder(opened).exits.rule.asked_layers() == [0, 2]
+    save_pretrained(opened, tmp_path / "again")
+    assert exit_threshold(load(tmp_path / "again")) == exact
