@@ -34,6 +34,7 @@ __all__ = [
     "install_exits",
     "remove_exits",
     "share_head",
+    "shared_logits",
 ]
 
 Pooling = Literal["cls", "mean"]
