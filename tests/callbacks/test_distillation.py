@@ -198,6 +198,23 @@ def test_a_model_that_was_only_distilled_is_saved_as_a_plain_one(tmp_path: Path)
     assert "lightning_compress" not in (tmp_path / "own" / "config.json").read_text(encoding="utf-8")
 
 
+class Compiled(ToyModule):
+    def _build(self) -> None:
+        self.model = torch.compile(tiny_bert(**self.overrides), backend="eager")  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_a_compiled_model_is_taught_as_any_other() -> None:
+    torch.compiler.reset()
+    after = []
+    for module in (ToyModule(num_hidden_layers=1), Compiled(num_hidden_layers=1)):
+        parts = [Distillation(teacher_model=tiny_bert(seed=5))]  # deeper than the student
+        toy_trainer(callbacks=parts, max_steps=3).fit(module, toy_loader())
+        after.append({name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()})
+    torch.compiler.reset()
+    assert same(*after, rtol=0.0, atol=1e-6)
+
+
 class Parallel(CompressionMixin, ToyModule):
     """For processes that are forked."""
 
