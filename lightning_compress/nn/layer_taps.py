@@ -109,6 +109,7 @@ class LayerTaps:
     def __init__(self) -> None:
         self.latest, self.masks, self.inputs, self.memo = {}, {}, {}, {}
         self.equilibrium = None
+        self._roots: tuple[nn.Module, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerTaps:
@@ -118,14 +119,14 @@ class LayerTaps:
             TypeError: If ``model`` is not a transformers ``PreTrainedModel``.
             UnknownFamilyError: If its family is not known.
         """
-        taps = vars(model).get(_NAME)
-        return taps if isinstance(taps, LayerTaps) else cls()._attach(model)
+        return cls.on(model) or cls()._attach(model)
 
     @staticmethod
     def on(model: nn.Module) -> LayerTaps | None:
-        """Return the taps that a model has; None if it has none."""
+        """Return the taps that a model has; None if it has none, or lost their hooks."""
         taps = vars(model).get(_NAME)
-        return taps if isinstance(taps, LayerTaps) else None
+        hooks = model._forward_pre_hooks.values()
+        return taps if any(isinstance(hook, _PassHook) and hook.taps is taps for hook in hooks) else None
 
     def detach(self) -> None:
         """Remove all hooks from the model and forget what was kept; a second call changes nothing."""
@@ -140,8 +141,6 @@ class LayerTaps:
         """Forget the latest pass."""
         for kept in (self.latest, self.masks, self.inputs, self.memo):
             kept.clear()
-
-    _roots: tuple[nn.Module, ...] = ()
 
     def _attach(self, model: nn.Module) -> LayerTaps:
         layers = [get_module(model, layer.path) for layer in describe(model).layers]

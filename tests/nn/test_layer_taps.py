@@ -74,6 +74,18 @@ def test_a_model_has_one_set_of_taps_until_it_is_detached():
     assert LayerTaps.of(model) is not taps
 
 
+def test_a_model_whose_hooks_were_cleared_gets_new_taps():
+    model = tiny_bert()
+    before = LayerTaps.of(model)
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    assert LayerTaps.on(model) is None
+    taps = LayerTaps.of(model)
+    model(ids())
+    assert taps is not before and list(taps.latest) == [EMBEDDINGS, 0, 1]
+
+
 def test_detaching_leaves_other_hooks_alone():
     model = tiny_bert()
     seen: list[bool] = []
