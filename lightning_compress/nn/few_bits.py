@@ -1,6 +1,6 @@
 """A frozen model with its linears in 8 or 4 bits: for teachers, of which only input gradients are wanted.
 
-On CPU this saves memory, not time. Who uses it: :mod:`lightning_compress.methods.saliency_teacher`.
+On CPU this saves memory, not time. Who uses it: :mod:`lightning_compress.methods.teacher`.
 
 Shape legend: O output size, I input size.
 """
