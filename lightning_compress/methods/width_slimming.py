@@ -23,6 +23,7 @@ from lightning_compress.methods.width_calibration import BatchRecorder, measure_
 from lightning_compress.methods.width_plan import WidthPlan, plan_widths
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.hard_concrete import open_probability
+from lightning_compress.nn.hidden_slices import check_hidden
 from lightning_compress.nn.importance import ImportanceMeter, LayerScores
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.nn.width_budget import Counts, WidthCosts, keep_best
@@ -192,7 +193,13 @@ class WidthSlimmingHandle:
         return self.done == self.plan.steps or self.config.end == 1.0
 
     def open_resources(self) -> None:
-        """Nothing: it needs none."""
+        """Refuse a hidden width that what other methods have installed by now does not allow.
+
+        Raises:
+            ValueError: If something is as wide as the residual stream and cannot be cut.
+        """
+        if self.plan.final.hidden is not None:
+            check_hidden(self.model, range(self.plan.final.hidden))
 
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The learned gates and their multipliers, if there are any."""

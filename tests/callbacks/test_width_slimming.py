@@ -153,6 +153,12 @@ def test_a_separate_pass_asks_all_exits(criterion: Any, monkeypatch: pytest.Monk
     assert module.model.exits["0"].classifier.in_features == 24
 
 
+def test_a_hidden_width_that_other_methods_do_not_allow_is_refused_before_training() -> None:
+    callbacks = [WidthSlimming(hidden=24), BottleneckTokenDropping()]
+    with pytest.raises(ValueError, match="hidden width of this BertForSequenceClassification cannot change"):
+        toy_trainer(callbacks=callbacks).fit(ToyModule(), toy_loader())
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_adapters_are_slimmed_by_learned_gates() -> None:
     module = ToyModule()

@@ -11,6 +11,11 @@ from torch import nn
 
 from lightning_compress.compressor import Compressor
 from lightning_compress.methods import width_slimming
+from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
+from lightning_compress.methods.distillation import DistillationConfig
+from lightning_compress.methods.multi_exit import MultiExitConfig
+from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.methods.width_slimming import (
     WidthSlimmingConfig,
     convert,
@@ -183,6 +188,42 @@ def test_the_dense_skeleton_of_a_model_in_training_has_its_dense_size() -> None:
     compressor.update(0.99)
     assert count_parameters(compressor.model).total <= 0.5 * count_parameters(tiny_bert()).total
     assert count_parameters(compressor.dense_skeleton()) == count_parameters(tiny_bert())
+
+
+COMPANY = {
+    "ranks": [SoftThresholdRankConfig(target_params=0.8, rank_multiple=1)],
+    "exits and hidden width": [MultiExitConfig(threshold=0.5)],
+    "tokens": [ContributionTokenDroppingConfig(target_flops=0.5)],
+    "ranks, exits, teacher and tokens": [
+        SoftThresholdRankConfig(target_params=0.8, rank_multiple=1),
+        MultiExitConfig(threshold=0.5),
+        DistillationConfig(),
+        BottleneckTokenDroppingConfig(target_flops=0.5),
+    ],
+}
+
+
+@pytest.mark.parametrize("company", COMPANY)
+def test_in_company_too_the_gated_model_is_counted_and_computes_as_the_cut_one(company: str) -> None:
+    model, hidden = tiny_bert(), 24 if "hidden" in company else None
+    config = WidthSlimmingConfig(scope="total", target_params=0.6, hidden=hidden)
+    compressor = Compressor(model, [config, *COMPANY[company]])
+    compressor.prepare()
+    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=1e-3)
+    model.train()
+    for step in range(10):
+        compressor.update(step / 10)
+        compressor.begin_step()
+        loss = compressor.task_weight * model(**batch()).loss + sum(compressor.take_loss_terms().values())
+        loss.backward()
+        compressor.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    gated, counted = logits(model), count_parameters(model)
+    compressor.convert()
+    assert torch.allclose(logits(model), gated, atol=1e-5)
+    assert count_parameters(model) == counted
+    assert counted.encoder < count_parameters(tiny_bert()).encoder
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "group_taylor", "per_exit"])
