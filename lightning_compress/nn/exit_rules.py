@@ -28,9 +28,6 @@ __all__ = [
     "prediction_entropy",
 ]
 
-_NO_LOGIT = -1e30
-"""In the place of log 0, which times 0 would be no number."""
-
 
 def prediction_entropy(logits_BC: Tensor, *, normalized: bool = False) -> Tensor:
     """Return the entropy of each prediction in nats, ``[B]``; in at least single precision.
@@ -43,15 +40,14 @@ def prediction_entropy(logits_BC: Tensor, *, normalized: bool = False) -> Tensor
         normalized: Divide by ``ln C``, so that the range is 0 to 1 for any number of classes.
 
     Paper: COST-EFF, [code]; the normalised form is FastBERT's.
-    Departs from the paper: computed from log-probabilities; ``p * ln p`` of the official code is no number where ``p``
-    underflows, so that the surest examples never leave.
+    Departs from the paper: 0 where ``p`` underflows; the official ``p * log(p)`` is no number there, so that the surest
+    examples never leave.
 
     Example:
         >>> prediction_entropy(torch.tensor([[0.0, 0.0], [0.0, 200.0]]), normalized=True)
         tensor([1., 0.])
     """
-    log_BC = _precise(logits_BC).log_softmax(dim=-1)
-    entropy_B = 0.0 - (log_BC.exp() * log_BC.clamp_min(_NO_LOGIT)).sum(dim=-1)
+    entropy_B = torch.special.entr(_precise(logits_BC).softmax(dim=-1)).sum(dim=-1)
     return entropy_B / math.log(logits_BC.shape[-1]) if normalized else entropy_B
 
 
