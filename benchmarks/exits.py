@@ -50,8 +50,8 @@ class Row:
     """Share of the batch that has to leave for one check to pay, where one layer is left to be saved."""
     times: dict[str, float]
     """Time over that without exits, by the share that leaves after layer 2; "each" leaves 30 % at every exit."""
-    flops: dict[str, float]
-    """FLOPs over those without exits, likewise."""
+    token_layers: dict[str, float]
+    """Tokens times layers over those without exits, likewise."""
 
 
 def exiting(bits: torch.dtype) -> Any:
@@ -165,12 +165,12 @@ def measured(model: nn.Module, batch_size: int, length: int, shares: list[float]
 
 def show(rows: list[Row]) -> None:
     """Print a table."""
-    table = Table("batch", "off ms", "check ms", "breaks even", "leaves", "time", "FLOPs")
+    table = Table("batch", "off ms", "check ms", "breaks even", "leaves", "time", "token-layers")
     for row in rows:
         cells = [f"{row.batch_size}x{row.length}", f"{row.off_ms:.2f}", f"{row.check_ms:.3f}"]
         table.add_row(*cells, f"{row.breaks_even:.1%}", "", "", "")
         for name, ratio in row.times.items():
-            table.add_row("", "", "", "", name, f"{ratio:.3f}", f"{row.flops[name]:.3f}")
+            table.add_row("", "", "", "", name, f"{ratio:.3f}", f"{row.token_layers[name]:.3f}")
     Console().print(table)
 
 
