@@ -145,12 +145,12 @@ def measured(model: nn.Module, batch_size: int, length: int, shares: list[float]
         variants["each"] = leaving(model, 0.3, list(range(LAYERS - 1)))
     batch = {"input_ids": torch.randint(5, VOCABULARY, (batch_size, length))}
     found: dict[str, list[float]] = {name: [] for name in variants}
-    flops = {}
+    layers = {}
     for index in range(WARM_UP + rounds):
         for name, configure in variants.items():
             configure()
             elapsed = milliseconds(model, batch)
-            flops[name] = float(kept_counts(packed_encoder(model)).sum()) / (LAYERS * batch_size * length)  # type: ignore[arg-type]
+            layers[name] = float(kept_counts(packed_encoder(model)).sum()) / (LAYERS * batch_size * length)  # type: ignore[arg-type]
             if index >= WARM_UP:
                 found[name].append(elapsed)
     off, check = statistics.median(found["off"]), check_time(model, batch, rounds)
@@ -159,7 +159,7 @@ def measured(model: nn.Module, batch_size: int, length: int, shares: list[float]
         for name, values in found.items()
         if name != "off"
     }
-    shares_left = {name: flops[name] for name in ratios}
+    shares_left = {name: layers[name] for name in ratios}
     return Row(batch_size, length, off, check, check / (off / LAYERS), ratios, shares_left)
 
 
