@@ -182,7 +182,7 @@ class BottleneckTokenDroppingHandle:
         """Take over the phase."""
         self.phase, self.progress, self.multiplier = state["phase"], state["progress"], state["multiplier"]
         self.goal.load_state_dict(state["goal"])
-        self.policy.noise = _noise(self.config, self.progress)
+        self.policy.noise = _noise(self)
 
 
 def prepare(model: nn.Module, config: BottleneckTokenDroppingConfig) -> BottleneckTokenDroppingHandle:
@@ -218,7 +218,7 @@ def update(handle: BottleneckTokenDroppingHandle, progress: float) -> None:
         handle.phase = "search"
     if handle.phase == "search" and progress >= config.ramp_end:
         handle.phase = "recovery"
-    handle.policy.noise = _noise(config, progress)
+    handle.policy.noise = _noise(handle)
     if (
         handle.phase != "warmup" and step > 0
     ):  # not if a step is done again, after a run that stopped within it
@@ -262,7 +262,7 @@ def _steer(handle: BottleneckTokenDroppingHandle, step: float) -> None:
     config, goal, policy = handle.config, handle.goal, handle.policy
     low, high = _STEPS
     largest = min(max(_TRAVEL * step / (config.ramp_end - config.warmup), low), high)
-    moved = goal.correction(handle.progress, largest)
+    moved = goal.correction(1.0 if handle.phase == "recovery" else handle.progress, largest)
     policy.threshold += moved
     policy.threshold.clamp_(-_THRESHOLD_LIMIT, _THRESHOLD_LIMIT)
     if handle.phase == "search" and goal.elasticity > _LIVE:
@@ -270,9 +270,15 @@ def _steer(handle: BottleneckTokenDroppingHandle, step: float) -> None:
         handle.multiplier = min(max(handle.multiplier * math.exp(_DUAL_RATE * moved), low), high)
 
 
-def _noise(config: BottleneckTokenDroppingConfig, progress: float) -> float:
-    """Return the factor of the noise: 1, and over the last fifth of the search down to 0."""
-    share = (progress - config.warmup) / (config.ramp_end - config.warmup)
+def _noise(handle: BottleneckTokenDroppingHandle) -> float:
+    """Return the factor of the noise: 1, and over the last fifth of the search down to 0, where it stays.
+
+    Recovery has none and the user's own target also where a longer run resumes, or a second one begins at 0.
+    """
+    config = handle.config
+    if handle.phase == "recovery":
+        return 0.0
+    share = (handle.progress - config.warmup) / (config.ramp_end - config.warmup)
     return min(max((1.0 - share) / (1.0 - _NOISY_UNTIL), 0.0), 1.0)
 
 

@@ -381,7 +381,7 @@ def _steer(handle: ContributionTokenDroppingHandle, step: float) -> None:
     """Follow the target: by the multiplier while thresholds learn, by their common scale once they rest."""
     if handle.config.target is None or handle.phase == "warmup":
         return
-    excess = handle.goal.excess(handle.progress)
+    excess = handle.goal.excess(1.0 if handle.phase == "recovery" else handle.progress)
     if handle.phase == "ramp":
         handle.multiplier = min(max(handle.multiplier + _DUAL_RATE * excess, 0.0), _MULTIPLIER_LIMIT)
     else:

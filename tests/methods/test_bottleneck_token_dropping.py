@@ -173,6 +173,21 @@ def test_the_noise_fades_in_the_last_fifth_of_the_search_and_recovery_has_none()
     ]  # fmt: skip
 
 
+def test_recovery_stays_what_it_is_where_a_longer_run_resumes() -> None:
+    compressor, handle = prepared(target_tokens=0.5, warmup=0.0, ramp_end=0.7)
+    train(compressor, 20)
+    assert handle.phase == "recovery"
+    compressor.update(0.1)
+    assert handle.phase == "recovery" and handle.policy.noise == 0.0
+    handle.policy.noise = 1.0
+    compressor.load_state_dict(compressor.state_dict())
+    assert handle.policy.noise == 0.0
+    handle.goal.totals = handle.goal.latest = [0.6, 1.0, 0.6, 1.0, 0.1, 0.6, 1.0]  # 0.6 of the tokens
+    before = float(handle.policy.threshold)
+    compressor.update(0.2)  # where the search would ask for more than 0.75 of the tokens
+    assert float(handle.policy.threshold) > before
+
+
 @pytest.mark.parametrize("objective", ["bottleneck", "skim"])
 def test_training_follows_the_scheduled_target_and_ends_on_it(objective: Any) -> None:
     compressor, handle = prepared(target_tokens=0.6, warmup=0.0, objective=objective)

@@ -211,6 +211,16 @@ def test_removal_stays_hard_where_a_second_fit_begins_in_recovery() -> None:
     assert handle.policy.slope == handle.config.slope_end
 
 
+def test_a_second_fit_that_begins_in_recovery_keeps_to_the_target() -> None:
+    handle = prepare(classifier("bert"), ContributionTokenDroppingConfig(target_tokens=0.5))
+    for progress in (0.0, 0.5, 1.0, 0.0):
+        update(handle, progress)
+    handle.goal.totals = [0.6, 1.0, 0.6, 1.0, 0.0, 0.6, 1.0]  # 0.6 of the tokens, more than asked for
+    before = float(handle.policy.scale)
+    update(handle, 0.1)  # in the warm-up of this fit, where nothing is scheduled to leave yet
+    assert float(handle.policy.scale) > before
+
+
 def test_thresholds_learn_in_float32_in_a_bf16_model_and_are_deployed_in_bf16() -> None:
     handle = prepare(classifier("bert"), ContributionTokenDroppingConfig())
     handle.model.to(torch.bfloat16)
