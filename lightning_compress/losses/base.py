@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["LossMixin", "TermSource"]
+__all__ = ["LossMixin", "TermSource", "is_validating"]
+
+
+def is_validating(module: nn.Module) -> bool:
+    """Whether a pass is only looked at: in evaluation mode and without gradients, as in ``validation_step``."""
+    return not module.training and not torch.is_grad_enabled()
 
 
 class TermSource(Protocol):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.losses.base import is_validating
 from lightning_compress.losses.information_bottleneck import (
     NORM_WEIGHTS,
     InformationBottleneckLossMixin,
@@ -80,8 +81,19 @@ def terms(handle: Any) -> dict[str, Tensor]:
     """Return the weighted terms of a prepared BottleneckTokenDropping handle; none once decisions are those to deploy.
 
     The term that drops tokens rests in the warm-up; the entropy need not (``entropy_from_start``). What a target adds
-    to the weight of the norm is a price on decisions alone: states that could shrink would pay it that way.
+    to the weight of the norm is a price on decisions alone: states that could shrink would pay it that way. In
+    validation, where nothing is drawn, there are none.
+
+    Raises:
+        ValueError: If the encoder is in evaluation mode in a pass that is to be learned from.
     """
+    if is_validating(handle.policy):
+        return {}
+    if not handle.policy.training:
+        raise ValueError(
+            "the encoder is in evaluation mode, in which decisions are not drawn and samplers learn nothing: call "
+            "train() on the model before training_step; freeze weights with requires_grad_(False) instead"
+        )
     config = handle.config
     samples: list[SampledTokens] = handle.tape.read(SampledTokens)
     _measure(handle, samples[0].real_BT.sum(dim=1))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.losses.base import LossMixin
+from lightning_compress.losses.base import LossMixin, is_validating
 from lightning_compress.nn.contribution_token_dropping import ContributionShares, ExpectedTokens, KeyBias
 
 __all__ = [
@@ -100,8 +100,8 @@ def cost_pressure(ratio: Tensor, target: float, multiplier: float, excess: float
 
 
 def terms(handle: Any) -> dict[str, Tensor]:
-    """Return the weighted terms of a prepared ContributionTokenDropping handle; none while it only fine-tunes."""
-    if handle.phase == "warmup":
+    """Return the weighted terms of a prepared ContributionTokenDropping handle; none in warm-up and validation."""
+    if handle.phase == "warmup" or is_validating(handle.policy):
         return {}
     config, policy = handle.config, handle.policy
     saliency_BT = handle.look_up_saliency()

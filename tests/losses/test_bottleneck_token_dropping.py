@@ -172,3 +172,36 @@ def test_terms_can_be_placed_by_the_module_itself() -> None:
     method = BottleneckTokenDropping(removal_weight=0.1, warmup=0.0, ramp_end=0.5)
     toy_trainer(callbacks=[method], max_steps=4).fit(Weighted(), toy_loader())
     assert [float(value) > 0 for value in seen] == [True, True, False, False]
+
+
+class SharedStep(BottleneckTokenDroppingLossMixin, ToyModule):
+    """Uses one objective for training and validation."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss + self.bottleneck_loss()  # type: ignore[misc]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.model(**batch).loss + self.bottleneck_loss())  # type: ignore[misc]
+
+
+def test_an_objective_shared_with_validation_has_no_terms_there_and_measures_nothing() -> None:
+    compressor, handle = prepared(warmup=0.0)
+    terms_at(compressor, 0.1)
+    compressor.begin_step()
+    measured = handle.goal.latest
+    with torch.no_grad():
+        compressor.model.eval()(IDS_BT)
+        assert compressor.take_loss_terms() == {}
+    compressor.begin_step()
+    assert handle.goal.latest is measured
+    callback = BottleneckTokenDropping(warmup=0.0, ramp_end=0.5)
+    toy_trainer(callbacks=[callback], num_sanity_val_steps=1, limit_val_batches=1, val_check_interval=2).fit(
+        SharedStep(), toy_loader(), toy_loader()
+    )
+
+
+def test_samplers_that_cannot_learn_are_named() -> None:
+    compressor, _ = prepared()
+    compressor.model.eval()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        terms_at(compressor, 0.1)

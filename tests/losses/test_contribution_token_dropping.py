@@ -124,6 +124,16 @@ def test_there_is_no_term_while_the_model_only_fine_tunes() -> None:
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
+def test_validation_has_no_terms_and_measures_nothing() -> None:
+    handle, _ = ramp()
+    handle.model.eval()
+    with torch.no_grad():
+        handle.model(**texts())
+        assert terms(handle) == {}
+    handle.end_pass()
+    assert handle.goal.latest == []
+
+
 def ramp(**settings: Any) -> tuple[ContributionTokenDroppingHandle, Tensor]:
     """A model in its ramp after one training pass, and its task loss."""
     handle = dropping(classifier(), eta=0.8, **{"saliency_weight": 1.0, **settings})
