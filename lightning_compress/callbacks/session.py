@@ -129,10 +129,12 @@ class Session:
         """Prepare the model for fitting; what was prepared or converted before, by the same settings, stays.
 
         Raises:
-            ValueError: If the model went through a method before, with other settings.
+            ValueError: If the model went through a method before, with other settings, or is in the middle of a run
+                in which a method is missing.
         """
         compressor = self.connect(module)
         if compressor.is_prepared:
+            self._check_began(compressor.plan, "the model, which is in training form,")
             return
         done = {record.method: record.config for record in compressor.plan.methods} | compressor.finished
         new = [config for config in self.configs if done.get(config.stem) != config.to_dict()]
@@ -159,7 +161,8 @@ class Session:
 
         Raises:
             PlanError: If the checkpoint was written by a newer schema.
-            ValueError: If fitting is to resume from a checkpoint that was written without compression.
+            ValueError: If fitting is to resume from a checkpoint that was written without compression, or without one
+                of the methods.
         """
         self.unread = None
         data = checkpoint.get(CHECKPOINT_KEY)
@@ -171,14 +174,32 @@ class Session:
                 f"checkpoint has compression schema {data.get('schema')!r}, this release reads {_SCHEMA}"
             )
         self.module_path = self.module_path or data["module"]
+        plan = CompressionPlan.from_dict(data["plan"])
+        if fitting:
+            self._check_began(plan, "the checkpoint")
         compressor = self.connect(module)
         compressor.configs = {config.stem: config for config in self.configs}
-        compressor.apply_plan(CompressionPlan.from_dict(data["plan"]))
+        compressor.apply_plan(plan)
         compressor.load_state_dict(data["state"])
         _mark(compressor)
         self.last_step = None
         if fitting and module.trainer.is_global_zero:
             self.random.load_state_dict(data["random_state"])
+
+    def _check_began(self, plan: CompressionPlan, where: str) -> None:
+        """Refuse callbacks that nothing would become of, as a run goes on with the methods that it began with.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        prepared = [record.method for record in plan.methods if record.stage == "prepared"]
+        new = [c.stem for c in self.configs if c.stem not in {record.method for record in plan.methods}]
+        if prepared and new:
+            raise ValueError(
+                f"{where} began to be compressed by {prepared}, without {new}, which cannot join in the middle of a "
+                f"run: leave the callback out, begin anew with all of them, or end the run of {prepared} first (with "
+                "convert=True, or lightning_compress.convert(module)) and call fit again"
+            )
 
     def _load_dense(self, fitting: bool) -> None:
         if self.compressor is None or not self.compressor.plan.methods:

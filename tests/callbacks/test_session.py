@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
+from lightning_compress.callbacks import CompressionMixin, Distillation, SoftThresholdRank, convert
 from lightning_compress.callbacks.session import CHECKPOINT_KEY
 from lightning_compress.deploy import plan_of
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
@@ -209,6 +209,22 @@ def test_resuming_from_a_dense_checkpoint_is_refused_with_the_remedy(tmp_path: P
     path = dense_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="without ckpt_path"):
         toy_trainer(callbacks=[ranks()]).fit(ToyModule(), toy_loader(), ckpt_path=path)
+
+
+def test_a_method_that_a_run_did_not_begin_with_is_refused_and_not_forgotten(tmp_path: Path) -> None:
+    module = ToyModule()
+    fitted(tmp_path, module)
+    with pytest.raises(ValueError, match=r"the checkpoint began .*without \['distillation'\]"):
+        toy_trainer(callbacks=[ranks(), Distillation()]).fit(
+            ToyModule(), toy_loader(), ckpt_path=tmp_path / "step=3.ckpt"
+        )
+    module = ToyModule()
+    toy_trainer(callbacks=[ranks(convert=False)]).fit(module, toy_loader())
+    with pytest.raises(ValueError, match=r"in training form, began .*without \['distillation'\]"):
+        toy_trainer(callbacks=[ranks(convert=False), Distillation()]).fit(module, toy_loader())
+    convert(module)
+    toy_trainer(callbacks=[ranks(), Distillation()]).fit(module, toy_loader())
+    assert structure(module) == "converted"
 
 
 def test_a_checkpoint_written_after_conversion_goes_on_as_fine_tuning(tmp_path: Path) -> None:
