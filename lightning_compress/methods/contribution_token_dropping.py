@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.saliency_teacher import SaliencyTeacher
+from lightning_compress.methods.teacher import source_of
 from lightning_compress.methods.token_dropping import (
     check,
     check_can_drop,
@@ -112,6 +113,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
     scale of the thresholds is set to the fastest that stays within. By default the scale stays as trained."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher", source_of(self.teacher))
         goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
         given = {name: value for name, value in goals.items() if value is not None}
         check(

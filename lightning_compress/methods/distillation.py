@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
-from lightning_compress.methods.teacher import Teacher, check_same_task
+from lightning_compress.methods.teacher import Teacher, check_same_task, source_of
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.distillation import (
     Lesson,
@@ -80,6 +80,7 @@ class DistillationConfig(MethodConfig):
     """Share of each stage, in [0, 1), that trains on hidden states alone, without predictions and task."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher", source_of(self.teacher))
         _check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
         for name in ("hidden_weight", "logit_weight", "task_weight"):
             value = getattr(self, name)
@@ -88,7 +89,9 @@ class DistillationConfig(MethodConfig):
             self.hidden_weight > 0 or self.logit_weight > 0,
             "hidden_weight=0 and logit_weight=0 leave nothing to learn from the teacher: give one of them a weight",
         )
-        _check(self.temperature > 0, f"temperature={self.temperature} is not positive")
+        _check(
+            0.0 < self.temperature < math.inf, f"temperature={self.temperature} is not positive and finite"
+        )
         _check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
         marks = None if self.stages is None else tuple(self.stages)
         object.__setattr__(self, "stages", marks)

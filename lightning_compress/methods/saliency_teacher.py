@@ -70,8 +70,8 @@ class SaliencyTeacher(Teacher):
         """
         if inputs.get("input_ids") is None:
             raise ValueError(
-                "saliencies are kept by token ids, but the model was called without input_ids: pass input_ids, not "
-                "inputs_embeds, to the model"
+                "saliencies are kept by token ids, but the model was called without input_ids, or only a part of it "
+                "was, such as its base model: call the whole model and pass input_ids, not inputs_embeds"
             )
         texts = {name: inputs[name] for name in _INPUTS if inputs.get(name) is not None}
         model = self.on(texts["input_ids"].device)

@@ -8,6 +8,7 @@ from a folder. Who uses it: :mod:`lightning_compress.methods.distillation`, and 
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from lightning_compress.nn.surgery import replace_module
 from lightning_compress.nn.width_slimming import WidthGates
 from lightning_compress.runtime import packed_encoder
 
-__all__ = ["MODULE", "SELF", "Teacher", "check_same_task", "load_teacher", "snapshot"]
+__all__ = ["MODULE", "SELF", "Teacher", "check_same_task", "load_teacher", "snapshot", "source_of"]
 
 SELF, MODULE = "self", "module"
 """Sources that are no folder or name: the student itself, and a model that was given."""
@@ -45,6 +46,20 @@ _KINDS: tuple[Any, ...] = (
     AutoModelForMaskedLM,
     AutoModel,
 )
+
+
+def source_of(teacher: Any) -> str:
+    """Return the name of a teacher's source, of a path as it is written.
+
+    Raises:
+        TypeError: If it is no name or path, such as a model.
+    """
+    if not isinstance(teacher, str | os.PathLike):
+        raise TypeError(
+            f"teacher is a {type(teacher).__name__}, but stands for {SELF!r} or for folder or name of a model: give a "
+            "model itself as teacher_model"
+        )
+    return os.fspath(teacher)
 
 
 class Teacher:
@@ -218,8 +233,9 @@ def check_same_task(
         names: What their configurations must agree in.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they do not, or have the same labels in another order.
     """
+    names = list(names)
     for name in names:
         theirs, ours = (getattr(m.config, name, None) for m in (model, student))
         if theirs != ours:
@@ -227,6 +243,17 @@ def check_same_task(
                 f"teacher={source!r} has {theirs} {_WORDS[name]}, the model {ours}: give a teacher that was fine-tuned "
                 "on the same task with the same tokenizer, or teacher='self'"
             )
+    theirs, ours = _labels_of(model), _labels_of(student)
+    if "num_labels" in names and theirs != ours and sorted(theirs) == sorted(ours):
+        raise ValueError(
+            f"teacher={source!r} has its labels in the order {theirs}, the model in the order {ours}: give the model "
+            "the teacher's id2label and label2id, and number the labels of the data by them"
+        )
+
+
+def _labels_of(model: nn.Module) -> list[str]:
+    labels = getattr(model.config, "id2label", None) or {}
+    return [str(labels[key]).lower() for key in sorted(labels, key=int)]
 
 
 def _kind_of(student: nn.Module) -> Any:

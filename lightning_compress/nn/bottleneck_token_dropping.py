@@ -231,7 +231,8 @@ class SoftBottleneckPolicy(BottleneckPolicy):
         return self.threshold if self.training else self.deployed_threshold
 
     def begin(self, real_BT: Tensor) -> _Pass:
-        """Start with every real token there."""
+        """Start with every real token there, and forget the pass before, also if only the base model is called."""
+        self.tape.clear()
         there_BT = real_BT.float()
         return _Pass(
             real_BT, self.protected(real_BT), there_BT, there_BT, there_BT, torch.zeros_like(there_BT)

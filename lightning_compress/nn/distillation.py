@@ -154,7 +154,8 @@ def compare(
     """
     taps = LayerTaps.of(student)
     said = _ask(teacher, taps.inputs, hidden=hidden)  # type: ignore[call-arg]
-    real_BT = real_tokens(taps.inputs.get("attention_mask"), taps.inputs["input_ids"].unsqueeze(-1))
+    ids_BT, mask_BT = (_text_by_text(taps.inputs.get(name)) for name in ("input_ids", "attention_mask"))
+    real_BT = real_tokens(mask_BT, ids_BT.unsqueeze(-1))  # type: ignore[union-attr]
     states = []
     for layer, guide in guides.items() if hidden else ():
         own_BTD = _state_of(student, taps, layer)
@@ -171,6 +172,11 @@ def compare(
     return Lesson(states, pairs, real_BT if logits.dim() == 3 else None)
 
 
+def _text_by_text(values: Tensor | None) -> Tensor | None:
+    """Return choices, ``[B, choices, T]``, one below the other, as a model of multiple choice reads them."""
+    return values.flatten(0, 1) if values is not None and values.dim() == 3 else values
+
+
 @dataclass(frozen=True, eq=False)
 class _Answer:
     states: dict[int, Tensor]
@@ -184,8 +190,8 @@ def _ask(teacher: nn.Module, inputs: Mapping[str, Any], *, hidden: bool) -> _Ans
     """Run a teacher on the inputs of a student, without their labels."""
     if inputs.get("input_ids") is None:
         raise ValueError(
-            "the teacher reads what the model reads, but the model was called without input_ids: pass input_ids, not "
-            "inputs_embeds, to the model"
+            "the teacher reads what the model reads, but the model was called without input_ids, or only a part of it "
+            "was, such as its base model: call the whole model and pass input_ids, not inputs_embeds"
         )
     known = inspect.signature(teacher.forward).parameters
     texts = {n: inputs[n] for n in _INPUTS if n in known and inputs.get(n) is not None}

@@ -173,6 +173,19 @@ def test_the_noise_fades_in_the_last_fifth_of_the_search_and_recovery_has_none()
     ]  # fmt: skip
 
 
+def test_terms_are_of_the_latest_pass_if_only_the_base_model_is_called() -> None:
+    compressor, handle = prepared(warmup=0.0)
+    compressor.update(0.1)
+    compressor.model.train()
+    for seed in (1, 2):
+        compressor.begin_step()
+        inputs = {name: values for name, values in texts(seed, size=seed).items() if name != "labels"}
+        compressor.model.bert(**inputs)  # type: ignore[operator]
+        sum(compressor.take_loss_terms().values()).backward()  # type: ignore[union-attr]
+    compressor.begin_step()
+    assert handle.goal.latest[3] == 2 * float(inputs["attention_mask"].sum())
+
+
 def test_recovery_stays_what_it_is_where_a_longer_run_resumes() -> None:
     compressor, handle = prepared(target_tokens=0.5, warmup=0.0, ramp_end=0.7)
     train(compressor, 20)

@@ -361,6 +361,7 @@ def test_there_is_nothing_to_restore() -> None:
         ({"task_weight": float("nan")}, "task_weight=nan is not a number from 0"),
         ({"hidden_weight": 0.0, "logit_weight": 0.0}, "leave nothing to learn"),
         ({"temperature": 0.0}, "temperature=0.0 is not positive"),
+        ({"temperature": float("inf")}, "temperature=inf is not positive and finite"),
         ({"start": 1.0}, r"start=1.0 is outside \[0, 1\)"),
         ({"start": 0.5, "stages": (0.4, 0.6)}, r"from start=0.5 to below 1"),
         ({"stages": (0.6, 0.4)}, "must be ascending"),

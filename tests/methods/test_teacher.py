@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForTokenClassification, BertModel
 
 from lightning_compress.deploy import attach_plan, save_pretrained
+from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
+from lightning_compress.methods.distillation import DistillationConfig
 from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.methods.multi_exit import convert as convert_exits
 from lightning_compress.methods.multi_exit import prepare as prepare_exits
@@ -127,6 +129,25 @@ def test_a_teacher_must_agree_in_what_is_asked_for() -> None:
         with pytest.raises(ValueError, match=message):
             check_same_task("x", other, tiny_bert(), [name])
     check_same_task("x", other, tiny_bert(), ["model_type"])
+
+
+def test_a_teacher_whose_labels_are_in_another_order_is_refused() -> None:
+    teacher, student = tiny_bert(), tiny_bert()
+    teacher.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    check_same_task("x", teacher, student)  # whose names say nothing
+    student.config.id2label = {0: "positive", 1: "negative"}
+    check_same_task("x", teacher, student, ["vocab_size"])
+    with pytest.raises(ValueError, match=r"order \['negative', 'positive'\].*id2label"):
+        check_same_task("x", teacher, student)
+    student.config.id2label = {0: "negative", 1: "positive"}
+    check_same_task("x", teacher, student)
+
+
+@pytest.mark.parametrize("config", [ContributionTokenDroppingConfig, DistillationConfig])
+def test_a_source_is_a_path_or_a_name_and_no_model(config: Any) -> None:
+    assert config(teacher=Path("a") / "b").to_dict()["teacher"] == str(Path("a") / "b")
+    with pytest.raises(TypeError, match=r"teacher is a BertForSequenceClassification.*teacher_model"):
+        config(teacher=tiny_bert())
 
 
 def test_two_teachers_are_refused_and_a_missing_one_is_asked_for() -> None:

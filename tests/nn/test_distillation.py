@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMultipleChoice
 
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.bottleneck_token_dropping import prepare as prepare_bottleneck
@@ -199,6 +200,17 @@ def test_a_teacher_that_knows_no_token_types_is_not_given_any(tiny: Any) -> None
     texts = {**inputs(), "token_type_ids": torch.zeros(2, 6, dtype=torch.long)}
     teacher = tiny("distilbert", "DistilBertForSequenceClassification")
     assert len(lesson(tiny_bert(num_hidden_layers=2), teacher, texts, hidden=False).logits) == 1
+
+
+def test_choices_are_compared_one_by_one() -> None:
+    torch.manual_seed(0)
+    small = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(**small, num_attention_heads=4, max_position_embeddings=16)
+    texts = {name: torch.stack([values, values.flip(0)], dim=1) for name, values in inputs().items()}
+    got = lesson(BertForMultipleChoice(config), BertForMultipleChoice(config), texts)
+    rows_BT = texts["attention_mask"].flatten(0, 1).bool()
+    assert all(own.shape == (4, 6, 32) and torch.equal(weight, rows_BT) for own, _, weight in got.states)
+    assert got.logits[0][0].shape == got.logits[0][1].shape == (2, 2) and got.weight is None
 
 
 def test_what_cannot_be_compared_is_refused_with_the_remedy() -> None:
