@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, data: TextClassificationData) -> Path:
         num_sanity_val_steps=0,
         callbacks=[
             BottleneckTokenDropping(  # the one callback that compresses
-                target_flops=args.target_flops, sampler_width=args.sampler_width, warmup=0.3
+                target_flops=args.target_flops, sampler_width=args.sampler_width, warmup=0.3, ramp_end=0.8
             ),
             CompressionReport(str(args.output / "report"), lengths=[args.max_length]),
         ],
