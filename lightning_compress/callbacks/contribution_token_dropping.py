@@ -21,8 +21,8 @@ class ContributionTokenDropping(TokenDroppingCallback):
     predictors imitate, one before each layer. Then thresholds rise until the target is met, softly at first. At the
     end of ``fit`` the encoder runs packed: tokens leave for real, in batches.
 
-    Saliency is that of the gold class where the model is called with ``labels``; without them it silently is that of the
-    class that the teacher predicts.
+    Saliency is that of the gold class where the model is called with ``labels``; without them it silently is that of
+    the class that the teacher predicts.
 
     Args:
         target_flops: Share of the dense encoder's FLOPs to spend, in (0, 1]; 0.5 if no other goal is given.

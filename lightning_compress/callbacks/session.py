@@ -197,8 +197,8 @@ class Session:
         if prepared and new:
             raise ValueError(
                 f"{where} began to be compressed by {prepared}, without {new}, which cannot join in the middle of a "
-                f"run: leave the callback out, begin anew with all of them, or end the run of {prepared} first (with "
-                "convert=True, or lightning_compress.convert(module)) and call fit again"
+                f"run: leave the callback out, begin anew with all of them, or end the run of {prepared} first "
+                "(with convert=True, or lightning_compress.convert(module)) and call fit again"
             )
 
     def _load_dense(self, fitting: bool) -> None:

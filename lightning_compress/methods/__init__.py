@@ -1,4 +1,4 @@
-"""The methods, in the order in which they compose: slim, factorise, drop or exit, quantise; and learn from a teacher."""
+"""The methods, in the order in which they compose: slim, factorise, drop or exit, quantise; a teacher may look on."""
 
 from __future__ import annotations
 
