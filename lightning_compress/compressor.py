@@ -198,8 +198,14 @@ class Compressor:
         """Return weighted scalar loss terms by name ``<stem>/<term>`` and mark them as taken.
 
         Args:
-            stem: One method, or None for all that nobody took since :meth:`begin_step`.
+            stem: One method, or None for all that nobody took since :meth:`begin_step`; nothing for one that does not
+                take part.
+
+        Raises:
+            ValueError: If no method has that name.
         """
+        if stem is not None and stem not in METHODS:
+            raise ValueError(f"no method is called {stem!r}; there are {list(METHODS)}")
         stems = [s for s in self.handles if s not in self._taken] if stem is None else [stem]
         self._taken.update(stems)
         handles = {s: self.handles[s] for s in stems if s in self.handles}

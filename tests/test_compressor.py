@@ -102,6 +102,9 @@ def test_a_loaded_compressed_model_remembers_what_was_done_to_it() -> None:
     plan = first.convert()
     second = Compressor(first.model, [config(target_params=0.25)], plan=plan)
     assert second.is_converted and second.plan == plan
+    assert second.take_loss_terms("soft_threshold_rank") == {}
+    with pytest.raises(ValueError, match=r"no method is called 'ranks'; there are \[.*'soft_threshold_rank'"):
+        second.take_loss_terms("ranks")
     with pytest.raises(ValueError, match="compressed before, by soft_threshold_rank"):
         second.prepare()
     with pytest.raises(PlanError, match="does not begin with"):

@@ -106,12 +106,13 @@ class BottleneckTokenDroppingConfig(MethodConfig):
         for name in ("removal_weight", "entropy_weight"):
             value = getattr(self, name)
             check(value is None or value >= 0, f"{name}={value} is negative")
+            check(value is None or value < math.inf, f"{name}={value} is not finite")
         _check_choice(self, "objective", ("bottleneck", "skim"))
         _check_choice(self, "form", ("rms", "kl", "batch_fro"))
         _check_choice(self, "penalize", ("probabilities", "samples"))
         width = self.sampler_width
         check(width is None or width >= 1, f"sampler_width={width} is below 1")
-        check(self.sampler_lr > 0, f"sampler_lr={self.sampler_lr} is not positive")
+        check(0.0 < self.sampler_lr < math.inf, f"sampler_lr={self.sampler_lr} is not positive and finite")
         check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         check(
             self.warmup < self.ramp_end <= 1.0,

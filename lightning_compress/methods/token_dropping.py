@@ -65,6 +65,11 @@ def check_shared_settings(config: Any) -> None:
     )
     object.__setattr__(config, "layers", None if config.layers is None else tuple(config.layers))
     object.__setattr__(config, "protect_tokens", tuple(config.protect_tokens))
+    check(
+        all(type(token) is int and token >= 0 for token in config.protect_tokens),
+        f"protect_tokens={config.protect_tokens} are no token ids, whole numbers from 0: has the tokenizer such a "
+        "token?",
+    )
 
 
 def check_can_drop(model: nn.Module) -> Anatomy:
