@@ -52,10 +52,15 @@ class BatchRecorder:
             self._handle = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note the tensors of a training pass; they become part of the state by :meth:`settle`."""
+        """Note the tensors of a training pass; they become part of the state by :meth:`settle`.
+
+        Raises:
+            ValueError: If there are no labels, so that no loss could be computed later.
+        """
         if module.training and torch.is_grad_enabled() and not self._is_paused:
             names = list(inspect.signature(module.forward).parameters)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
+            _check_labels(given)
             self._recent.append({k: v.detach().clone() for k, v in given.items() if isinstance(v, Tensor)})
 
     @contextmanager
@@ -111,15 +116,20 @@ def measure_importance(
 
 def _losses(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Label losses of all exits, the model's own last."""
-    labels = batch.get("labels")
-    if labels is None:
-        raise ValueError(
-            f"calibration_batches needs labels to compute a loss, but the model was called with {sorted(batch)}: pass "
-            "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
-        )
+    labels = _check_labels(batch)
     loss = model(**batch).loss
     early = exit_logits(model).values() if has_exits(model) else ()
     return [*(_label_loss(logits, labels) for logits in early), loss]
+
+
+def _check_labels(given: Mapping[str, Any]) -> Tensor:
+    labels = given.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"calibration_batches needs labels to compute a loss, but the model was called with {sorted(given)}: pass "
+            "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
+        )
+    return labels
 
 
 def _label_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def plan_widths(model: nn.Module, wish: WidthWish) -> WidthPlan:
             embedding_rank=rank,
             multiple=multiple,
             rank_multiple=default_multiple(width),
+            dense_cost=whole.dense,
         )
     if final.embedding_rank is not None:
         check_embedding_rank(model, final.embedding_rank)

@@ -175,6 +175,7 @@ def choose_counts(
     embedding_rank: int | None = None,
     multiple: int,
     rank_multiple: int = 16,
+    dense_cost: float | None = None,
 ) -> Counts:
     """Return the widest counts within a budget that keep about the same share of everything.
 
@@ -190,6 +191,7 @@ def choose_counts(
             smaller.
         multiple: Neurons are multiples of this.
         rank_multiple: The rank of the word embeddings is one of this.
+        dense_cost: Cost of the model as it was, of which errors speak, if its hidden width has fallen since.
 
     Raises:
         ValueError: If even one head and one multiple of neurons in each layer cost more.
@@ -225,9 +227,10 @@ def choose_counts(
         counts, cost = filled(max(share - tries * fewer, 0.0))
         if cost <= budget:
             return counts
+    whole = dense_cost or costs.dense
     raise ValueError(
-        f"the target of {budget / costs.dense:.4g} cannot be reached: what is given, or else one head and {multiple} "
-        f"neurons in each layer, still cost {cost / costs.dense:.4g} of the dense size. Ask for more, give fewer "
+        f"the target of {budget / whole:.4g} cannot be reached: what is given, or else one head and {multiple} "
+        f"neurons in each layer, still cost {cost / whole:.4g} of the dense size. Ask for more, give fewer "
         "widths yourself, or count another scope"
     )
 

@@ -72,6 +72,13 @@ def test_the_recorder_keeps_the_latest_training_batches() -> None:
     assert not model._forward_pre_hooks and recorder.batches == []
 
 
+def test_the_first_batch_without_labels_is_refused_not_the_first_step_of_the_schedule() -> None:
+    model = tiny_bert().train()
+    BatchRecorder(2).attach(model)
+    with pytest.raises(ValueError, match=r"called with \['input_ids'\]: pass labels"):
+        model(batch()["input_ids"])
+
+
 def test_a_recorder_of_nothing_does_not_listen() -> None:
     model = tiny_bert()
     recorder = BatchRecorder(0).attach(model)

@@ -123,3 +123,11 @@ def test_a_narrower_hidden_width_leaves_more_of_the_budget_to_the_rest() -> None
         narrow.final.neurons_L[0] > wide.final.neurons_L[0] or narrow.final.heads_L[0] > wide.final.heads_L[0]
     )
     assert narrow.budget == wide.budget == 0.5 * wide.dense_cost
+
+
+def test_an_unreachable_target_beside_a_hidden_width_is_told_in_shares_of_the_model_as_it_was() -> None:
+    wish = WidthSlimmingConfig(hidden=16, heads=4, ffn=64, target_params=0.2)
+    with pytest.raises(
+        ValueError, match=r"the target of 0\.2 cannot be reached.* still cost 0\.(4|5)\d* of the dense"
+    ):
+        plan_widths(tiny_bert(), wish)
