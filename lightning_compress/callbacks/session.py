@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_compress.callbacks.randomness import RandomStream
@@ -138,6 +139,14 @@ class Session:
             return
         done = {record.method: record.config for record in compressor.plan.methods} | compressor.finished
         new = [config for config in self.configs if done.get(config.stem) != config.to_dict()]
+        over = [
+            config.stem for config in self.configs if config not in new and config.stem in compressor.finished
+        ]
+        if over:
+            rank_zero_warn(
+                f"{over} ran on this module before with the same settings and plays no part in this run, which only "
+                "fine-tunes: give it other settings to run it again, or leave the callback out"
+            )
         if new:
             compressor.configs = {}
             for config in new:

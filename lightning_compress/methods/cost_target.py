@@ -37,7 +37,8 @@ class CostTarget:
 
     Args:
         target: The share, in (0, 1]; None where there is nothing to meet, only to measure.
-        unit: What it is a share of: FLOPs of the dense encoder, or tokens that enter its layers.
+        unit: What it is a share of: FLOPs of the encoder if no token left, as slim as other methods make it, or tokens
+            that enter its layers.
         start: Progress at which the target begins to fall.
         end: Progress at which the search is over; the target stands still for its last fifth.
 
