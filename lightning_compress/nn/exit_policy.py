@@ -7,19 +7,33 @@ Shape legend: B examples that are still there, N rows, C classes, D hidden size,
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.nn.segments import Segments
 
-__all__ = ["ExitPolicy", "ExitRule", "ExitRuleName"]
+__all__ = ["ExitPolicy", "ExitRule", "ExitRuleName", "PassMemory"]
 
 ExitRuleName = Literal["entropy", "max_prob", "margin", "patience", "learned"]
 """Names of the rules."""
+
+
+class PassMemory(threading.local):
+    """What is known during one pass, by each thread for itself: servers run one model in several. Copies are empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _RuleMemory(PassMemory):
+    now: tuple[float, frozenset[int]] | None = None
+    before_B: Tensor | None = None
+    count_B: Tensor | None = None
 
 
 class ExitPolicy(Protocol):
@@ -89,7 +103,7 @@ class ExitRule(nn.Module):
         threshold = self.off if threshold is None else threshold
         self.register_buffer("threshold", torch.tensor(self.checked(threshold), dtype=torch.float32))
         self.register_buffer("is_checked_K", torch.ones(len(self.layers), dtype=torch.bool))
-        self._now: tuple[float, frozenset[int]] | None = None
+        self._pass = _RuleMemory()
 
     def checked(self, threshold: float) -> float:
         """Return a threshold that is in range.
@@ -121,7 +135,7 @@ class ExitRule(nn.Module):
     def start(self, batch_size: int, device: torch.device | str) -> None:
         """Begin a pass over some examples, none of which has met an exit; the threshold is read once."""
         del batch_size, device
-        self._now = float(self.threshold), frozenset(self.asked_layers())
+        self._pass.now = float(self.threshold), frozenset(self.asked_layers())
 
     def is_asked(self, layer: int) -> bool:
         """Whether ``layer`` is among :meth:`asked_layers` of this pass."""
@@ -161,9 +175,10 @@ class ExitRule(nn.Module):
         return 1.0
 
     def _current(self) -> tuple[float, frozenset[int]]:
-        if self._now is None:
+        now = self._pass.now
+        if now is None:
             raise RuntimeError("the exit rule was asked outside a pass: call start(batch_size, device) first")
-        return self._now
+        return now
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExitRule:
         """Cast and move as usual, but keep the threshold exact: 0.999 would be 1 in half precision."""
@@ -172,6 +187,3 @@ class ExitRule(nn.Module):
         if self.threshold.dtype != exact.dtype:
             self.threshold = exact.to(self.threshold.device)
         return self
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_now": None}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.dropping import real_tokens
-from lightning_compress.nn.exit_policy import ExitRule
+from lightning_compress.nn.exit_policy import ExitRule, PassMemory
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import ExitHead
 from lightning_compress.nn.segments import Segments
@@ -27,6 +27,16 @@ from lightning_compress.nn.surgery import get_module, remove_hook
 __all__ = ["ExitRouter"]
 
 _NAME = "_exit_router"
+
+
+class _RouterMemory(PassMemory):
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.depth_B: Tensor | None = None
+        self.left: list[tuple[Tensor, Tensor]] = []
+        self.is_answered = False
 
 
 class ExitRouter:
@@ -45,7 +55,7 @@ class ExitRouter:
         self._model = model
         self._num_layers = len(anatomy.layers)
         self._hooks: tuple[_Hook, ...] = (_Begin(self), _Merge(self), _Report(self))
-        self._forget()
+        self._pass = _RouterMemory()
         begin, merge, report = self._hooks
         model.register_forward_pre_hook(begin, prepend=True)
         get_module(model, anatomy.head).register_forward_hook(merge)
@@ -62,7 +72,7 @@ class ExitRouter:
         for hook in self._hooks:
             remove_hook(self._model, hook)
         vars(self._model).pop(_NAME, None)
-        self._forget()
+        self._pass.forget()
 
     @property
     def rule(self) -> ExitRule:
@@ -81,10 +91,10 @@ class ExitRouter:
 
     def start(self, segments: Segments) -> None:
         """Forget the latest pass: one with these examples begins."""
-        self._forget()
+        self._pass.forget()
         device = segments.origin_N.device
         self.rule.start(segments.num_sequences, device)
-        self._depth_B = torch.full((segments.num_sequences,), self._num_layers, device=device)
+        self._pass.depth_B = torch.full((segments.num_sequences,), self._num_layers, device=device)
 
     def look(self, layer: int, hidden_ND: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Return the logits ``[B, C]`` of the exit after ``layer`` and the states ``[B, D]`` that it read."""
@@ -102,18 +112,18 @@ class ExitRouter:
         if not len(left):
             return None
         examples = segments.examples_B[left]
-        assert self._depth_B is not None, "a pass was started"
-        self._depth_B[examples] = layer + 1
-        self._left.append((examples, logits_BC[left]))
+        assert self._pass.depth_B is not None, "a pass was started"
+        self._pass.depth_B[examples] = layer + 1
+        self._pass.left.append((examples, logits_BC[left]))
         self.rule.keep(~leaves_B)
         return ~leaves_B
 
     def merge(self, logits_BC: Tensor) -> Tensor:
         """Return the logits of the model's head, with those of the exits in the places of examples that left."""
-        if not self._left:
+        if not self._pass.left:
             return logits_BC
-        places = torch.cat([examples for examples, _ in self._left])
-        said = torch.cat([logits for _, logits in self._left])
+        places = torch.cat([examples for examples, _ in self._pass.left])
+        said = torch.cat([logits for _, logits in self._pass.left])
         return logits_BC.index_copy(0, places, said.to(logits_BC.dtype))
 
     def _replay(self, taps: LayerTaps) -> None:
@@ -129,14 +139,6 @@ class ExitRouter:
             stay_B = self.check(layer, hidden_ND, segments)
             here = here if stay_B is None else here[stay_B]
 
-    def _forget(self) -> None:
-        self._depth_B: Tensor | None = None
-        self._left: list[tuple[Tensor, Tensor]] = []
-        self._is_answered = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_depth_B": None, "_left": []}
-
 
 def _rows(taps: LayerTaps, layer: int, here: Tensor) -> tuple[Segments, Tensor]:
     """Return the tokens that a layer saw of some examples, as the packed engine would hand them over."""
@@ -148,15 +150,20 @@ def _rows(taps: LayerTaps, layer: int, here: Tensor) -> tuple[Segments, Tensor]:
 
 
 @torch.compiler.disable
+def _begin(router: ExitRouter) -> None:
+    router._pass.forget()
+
+
+@torch.compiler.disable
 def _answer(router: ExitRouter, logits_BC: Tensor) -> Tensor | None:
     """Return what the head says once those who left have their answers; None if nothing changes."""
     if router._model.training:
         return None
     taps = LayerTaps.on(router._model)
-    if router._depth_B is None and taps is not None and taps.latest:
+    if router._pass.depth_B is None and taps is not None and taps.latest:
         router._replay(taps)
-    router._is_answered = True
-    return router.merge(logits_BC) if router._left else None
+    router._pass.is_answered = True
+    return router.merge(logits_BC) if router._pass.left else None
 
 
 @torch.compiler.disable
@@ -169,15 +176,15 @@ def _report(router: ExitRouter, output: Any) -> None:
         RuntimeError: If a loss was computed before the answers were in place.
     """
     is_mapping = isinstance(output, MutableMapping)
-    if router._left and not router._is_answered:
+    if router._pass.left and not router._pass.is_answered:
         if not is_mapping or output.get("loss") is not None:
             raise RuntimeError(
                 "torch.compile ran code that it made for a model without exits, which leaves out what exits say: call "
                 "torch.compiler.reset() before compiling this model"
             )
         output["logits"] = router.merge(output["logits"])
-    if router._depth_B is not None and is_mapping:
-        output["exit_depth"] = router._depth_B
+    if router._pass.depth_B is not None and is_mapping:
+        output["exit_depth"] = router._pass.depth_B
 
 
 class _Hook:
@@ -194,7 +201,7 @@ class _Begin(_Hook):
     """Before the model runs."""
 
     def __call__(self, *args: Any) -> None:
-        self.router._forget()
+        _begin(self.router)  # type: ignore[call-arg]
 
 
 class _Merge(_Hook):

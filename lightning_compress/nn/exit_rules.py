@@ -161,8 +161,6 @@ class PatienceRule(ExitRule):
             raise ValueError(f"tolerance={tolerance} must be above 0, in the unit of the labels")
         super().__init__(layers, threshold)
         self.tolerance = tolerance
-        self._before_B: Tensor | None = None
-        self._count_B: Tensor | None = None
 
     def checked(self, threshold: float) -> float:
         """Return a threshold that is in range; raises ValueError if it is not."""
@@ -176,24 +174,23 @@ class PatienceRule(ExitRule):
     def start(self, batch_size: int, device: torch.device | str) -> None:
         """Begin a pass: no exit has said anything yet."""
         super().start(batch_size, device)
-        self._before_B, self._count_B = None, torch.zeros(batch_size, device=device)
+        self._pass.before_B, self._pass.count_B = None, torch.zeros(batch_size, device=device)
 
     def measure(self, layer: int, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
         """Return how many exits in a row, this one included, said the same as the one before."""
         del layer, hidden_BD
-        assert self._count_B is not None, "a pass was started"
+        before_B, count_B = self._pass.before_B, self._pass.count_B
+        assert count_B is not None, "a pass was started"
         logits_BC = logits_BC.detach()
         is_number = logits_BC.shape[-1] == 1
         says_B = logits_BC[:, 0] if is_number else logits_BC.argmax(dim=-1)
-        if self._before_B is not None:
-            same_B = (
-                (says_B - self._before_B).abs() < self.tolerance if is_number else says_B == self._before_B
-            )
-            self._count_B = torch.where(same_B, self._count_B + 1, 0.0)
+        if before_B is not None:
+            same_B = (says_B - before_B).abs() < self.tolerance if is_number else says_B == before_B
+            count_B = torch.where(same_B, count_B + 1, 0.0)
         known_B = ~logits_BC.isnan().any(dim=-1)
-        self._before_B = says_B
-        self._count_B = torch.where(known_B, self._count_B, 0.0)
-        return self._count_B
+        self._pass.before_B = says_B
+        self._pass.count_B = torch.where(known_B, count_B, 0.0)
+        return self._pass.count_B
 
     def fires(self, measure_B: Tensor, threshold: float) -> Tensor:
         """Return whose count has reached the threshold."""
@@ -201,15 +198,13 @@ class PatienceRule(ExitRule):
 
     def keep(self, stay_B: Tensor) -> None:
         """Forget what exits said of the examples that left."""
-        assert self._count_B is not None, "a pass was started"
-        self._count_B = self._count_B[stay_B]
-        self._before_B = None if self._before_B is None else self._before_B[stay_B]
+        memory = self._pass
+        assert memory.count_B is not None, "a pass was started"
+        memory.count_B = memory.count_B[stay_B]
+        memory.before_B = None if memory.before_B is None else memory.before_B[stay_B]
 
     def _highest(self) -> float:
         return math.inf
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_before_B": None, "_count_B": None}
 
 
 class LearnedRule(ExitRule):

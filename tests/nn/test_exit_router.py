@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -257,3 +258,22 @@ def test_a_single_example_and_one_class_of_answer_are_no_special_case(exiting: A
         out = model(torch.tensor([[5, 6]]))
         assert out.exit_depth.tolist() == [1] and out.logits.shape == (1, 2)
         assert packed(model)(torch.tensor([[5, 6]])).exit_depth.tolist() == [1]
+
+
+@pytest.mark.parametrize("rule", ["entropy", "patience"])
+def test_threads_that_share_a_packed_model_get_their_own_answers(exiting, rule):
+    model, batch = pack(exiting(rule)), ragged_batch(LENGTHS)
+
+    @torch.no_grad()
+    def answer(example: int) -> tuple[Tensor, int]:
+        place = slice(example % 8, example % 8 + 1)
+        out = model(**{name: value[place] for name, value in batch.items()})
+        return out.logits[0], int(out.exit_depth)
+
+    alone = [answer(example) for example in range(8)]
+    assert len({depth for _, depth in alone}) > 1
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(answer, range(160)))
+    for example, (logits_C, depth) in enumerate(together):
+        assert depth == alone[example % 8][1]
+        torch.testing.assert_close(logits_C, alone[example % 8][0])
