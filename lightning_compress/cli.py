@@ -34,6 +34,7 @@ from lightning_compress.deploy.export import EXTRA, export_onnx
 from lightning_compress.deploy.text_counts import counts_on_texts
 from lightning_compress.report import render_run, run_bench
 from lightning_compress.report.latency_inputs import load_any
+from lightning_compress.runtime import packed_encoder
 from lightning_compress.tasks import CausalLanguageModel, TextClassifier
 
 __all__ = ["CompressionCLI", "main"]
@@ -208,6 +209,9 @@ def _export(args: Namespace) -> None:
             model, args.model_dir, args.texts, length=args.length, quantile=args.quantile
         )
         print(f"Tokens that enter each layer: {' '.join(map(str, counts))}")
+    encoder = packed_encoder(model)
+    if encoder is not None and encoder.exits is not None:
+        print("Exits are left out, as shapes in ONNX are fixed: every text runs all layers")
     target = args.output or Path(args.model_dir) / "model.onnx"
     print(export_onnx(model, target, length=args.length, counts=counts, int8=args.int8))
 

@@ -20,6 +20,7 @@ from tests.tiny_pretrained import VOCABULARY, save_tiny_encoder, word_tokenizer
 from tests.tiny_texts import save_tiny_reviews
 from tests.toys import tiny_bert, toy_loader
 from tests.toys_dropping import dropping_bert
+from tests.toys_exits import exiting_model
 
 pytestmark = [
     # Lightning's own use of jsonargparse
@@ -308,6 +309,15 @@ def test_export_counts_on_texts_and_writes_beside_the_model(
     assert re.search(r"^Tokens that enter each layer: \d \d$", out, flags=re.MULTILINE)
     assert str(Path(dropping_folder) / "model.onnx") in out
     assert (Path(dropping_folder) / "model.onnx").stat().st_size > 0
+
+
+def test_export_says_that_exits_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(exiting_model(tiny_bert(), threshold=0.5), tmp_path)
+    monkeypatch.setattr("lightning_compress.cli.export_onnx", lambda model, target, **_: target)
+    main(["export", str(tmp_path), "--length", "12"])
+    assert capsys.readouterr().out.startswith("Exits are left out")
 
 
 def test_export_says_in_one_line_what_it_lacks(dropping_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

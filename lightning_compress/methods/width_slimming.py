@@ -113,6 +113,7 @@ class WidthSlimmingConfig(MethodConfig):
         for name, low in (("text_length", 1), ("calibration_batches", 0), ("steps", 1), ("ffn_multiple", 1)):
             value = getattr(self, name)
             _check(value is None or value >= low, f"{name}={value} is below {low}")
+            _check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")
         _check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
         _check(
             self.start < self.end <= 1.0,

@@ -141,6 +141,10 @@ def chosen_exits(anatomy: Anatomy, exits: Iterable[int] | None) -> tuple[int, ..
         ValueError: If there is none, or one is no layer before the last.
     """
     last = len(anatomy.layers) - 1
+    if last < 1:
+        raise ValueError(
+            "a model of one layer has no room for exits, which come before the last: leave MultiExit out"
+        )
     chosen = tuple(range(last)) if exits is None else tuple(sorted({*exits}))
     if not chosen or chosen[0] < 0 or chosen[-1] >= last:
         raise ValueError(

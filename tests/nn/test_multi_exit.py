@@ -148,6 +148,11 @@ def test_layers_that_cannot_have_an_exit_are_refused(exits: tuple[int, ...]) -> 
         chosen_exits(describe(tiny_bert(num_hidden_layers=4)), exits)
 
 
+def test_one_layer_has_no_room_for_exits() -> None:
+    with pytest.raises(ValueError, match="one layer has no room for exits"):
+        chosen_exits(describe(tiny_bert(num_hidden_layers=1)), None)
+
+
 def test_exits_are_sorted_and_after_all_but_the_last_by_default() -> None:
     anatomy = describe(tiny_bert(num_hidden_layers=4))
     assert chosen_exits(anatomy, None) == (0, 1, 2) and chosen_exits(anatomy, (2, 0, 2)) == (0, 2)
