@@ -320,6 +320,7 @@ def convert(module: LightningModule) -> CompressionPlan:
         )
     compressor = session.compressor
     plan = compressor.convert()
+    session.stop_training()
     attach_plan(compressor.model, plan)
     trainer = getattr(module, "_trainer", None)
     if trainer is not None:  # a checkpoint written from here on holds optimizers that fit the model

@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_compress.callbacks.randomness import RandomStream
 from lightning_compress.compressor import Compressor
@@ -65,6 +65,8 @@ class Session:
     logged_phases: tuple[str, ...] | None = None
     """Phases in which sizes and ranks were logged last."""
     instance_hooks: dict[str, Any] = field(default_factory=dict)
+    was_evaluating: bool = False
+    """Whether the transformer came in evaluation mode, and is to have it back."""
     unread: Mapping[str, Any] | None = None
     """The checkpoint that hooks are being called with, until :meth:`load` has read it."""
     _trainer: weakref.ref[Trainer] | None = None
@@ -134,6 +136,7 @@ class Session:
                 in which a method is missing.
         """
         compressor = self.connect(module)
+        self._start_training(compressor.model)
         if compressor.is_prepared:
             self._check_began(compressor.plan, "the model, which is in training form,")
             return
@@ -152,6 +155,26 @@ class Session:
             for config in new:
                 compressor.add(config)
             compressor.prepare()
+
+    def _start_training(self, model: nn.Module) -> None:
+        """Put a transformer into training mode that is wholly in evaluation mode, as ``from_pretrained`` returns it.
+
+        Lightning leaves modes as they are. Decisions that are drawn while training, or exits that only answer in
+        evaluation, must not be left to chance; parts that the user put into evaluation mode beside others stay so.
+        """
+        if not any(part.training for part in model.modules()):
+            self.was_evaluating = True
+            model.train()
+            rank_zero_info(
+                f"{type(model).__name__} came in evaluation mode, as from_pretrained leaves it, and trains in training "
+                "mode, with its dropout; set the dropout of its config to 0 to train without"
+            )
+
+    def stop_training(self) -> None:
+        """Give the transformer its evaluation mode back, if it came so."""
+        if self.was_evaluating and self.compressor is not None:
+            self.compressor.model.eval()
+        self.was_evaluating = False
 
     def save(self, checkpoint: dict[str, Any], *, in_batch: bool) -> None:
         """Write plan, state and random state under :data:`CHECKPOINT_KEY`, as plain containers and tensors, once."""

@@ -223,6 +223,18 @@ def test_the_callbacks_arguments_are_the_configs_fields(case: Case) -> None:
     assert callback.config == case.compressing
 
 
+def test_a_model_in_evaluation_mode_as_from_pretrained_leaves_it_trains_and_has_its_mode_back(
+    case: Case,
+) -> None:
+    module, modes = ToyModule(), []
+    assert module.model is not None
+    module.model.eval()
+    module.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    toy_trainer(callbacks=[case.callback()]).fit(module, toy_loader())
+    assert modes and all(modes)
+    assert not any(part.training for part in module.model.modules())
+
+
 def test_a_config_survives_plain_data_and_refuses_unknown_fields(case: Case) -> None:
     data = case.compressing.to_dict()
     assert config_from_dict(type(case.compressing), data) == case.compressing
