@@ -48,7 +48,9 @@ def has_exits(model: nn.Module) -> bool:
 
 def is_narrow_and_has_exits(model: nn.Module) -> bool:
     layers = describe(model).layers
-    return has_exits(model) and all((layer.num_heads, layer.intermediate_size) == (2, 128) for layer in layers)
+    return has_exits(model) and all(
+        (layer.num_heads, layer.intermediate_size) == (2, 128) for layer in layers
+    )
 
 
 IS_COMPRESSED = {
