@@ -250,11 +250,13 @@ class CompressionCallback(Callback):
         if self.convert_at_end:
             if not session.compressor.is_on_target and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 done = max(session.progress, training_progress(trainer, pl_module, 0))
+                short = [s for s, handle in session.compressor.handles.items() if not handle.is_on_target]
                 rank_zero_warn(
-                    f"training ended in phase {' + '.join(session.phases)}, after {done:.0%} of its planned length: "
-                    "the model is now converted as it is, without the training that was to follow, and may be much "
-                    "worse for it or miss its target. Train longer (was it stopped early?), let recovery begin sooner "
-                    "(search_end, ramp_end), or pass convert=False and resume from a checkpoint"
+                    f"training ended in phase {' + '.join(session.phases)}, after {done:.0%} of its planned length, "
+                    f"with {short} not yet at their targets or without their recovery: the model is now converted as "
+                    "it is, and may be larger than asked or much worse for it. Train longer (was it stopped early?), "
+                    "let recovery begin sooner (search_end, ramp_end, end), ask for less, or pass convert=False and "
+                    "resume from a checkpoint"
                 )
             convert(pl_module)
 

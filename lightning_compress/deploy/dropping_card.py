@@ -18,8 +18,9 @@ from lightning_compress.runtime import packed_encoder
 __all__ = ["NOTE_ON_SIZE", "describe_dropping", "drops_tokens", "flops_of_text"]
 
 NOTE_ON_SIZE = (
-    "Tokens leave, weights stay: sizes are those of the dense model and of the small networks that decide who leaves. "
-    "FLOPs fall with every token that leaves; by how much depends on the text, and the table has one that loses none."
+    "Tokens leave, weights stay: where sizes fall it is by other methods, and the small networks that decide who "
+    "leaves are counted in. FLOPs fall with every token that leaves; by how much depends on the text, and the table "
+    "has one that loses none."
 )
 
 _RULES = {

@@ -18,8 +18,9 @@ from lightning_compress.runtime import packed_encoder
 __all__ = ["NOTE_ON_SIZE", "describe_exits", "lets_texts_leave"]
 
 NOTE_ON_SIZE = (
-    "Texts leave early, weights stay: sizes are those of the dense model and of the exits. FLOPs fall with every text "
-    "that leaves; by how much depends on the text, and the table has one that runs all layers and asks every exit."
+    "Texts leave early, weights stay: where sizes fall it is by other methods, and the exits are counted in. FLOPs "
+    "fall with every text that leaves; by how much depends on the text, and the table has one that runs all layers "
+    "and asks every exit."
 )
 
 _RULES = {

@@ -78,7 +78,7 @@ def set_exit_threshold(
     Args:
         model: A model with exits, or a module that holds one.
         threshold: In the unit of the rule, see :mod:`lightning_compress.nn.exit_rules`; None lets nobody leave early.
-        exits: Layers whose exits are asked, from 0; None leaves that as it is.
+        exits: Layers whose exits are asked, from 0; None leaves that as it is. Patience asks all of them.
 
     Raises:
         ValueError: If the model has no exits, the threshold is out of range, or a layer has no exit.
@@ -89,6 +89,11 @@ def set_exit_threshold(
     if unknown:
         raise ValueError(
             f"exits={list(exits or ())} names layers {unknown}, but exits are after {list(rule.layers)}"
+        )
+    if rule.looks_back and exits is not None and set(exits) != set(rule.layers):
+        raise ValueError(
+            f"exits={list(exits)}: this rule compares each exit with those before it, so it asks all of "
+            f"{list(rule.layers)}; leave exits out"
         )
     with torch.no_grad():
         rule.threshold.fill_(threshold)
@@ -175,7 +180,9 @@ def choose_exit_threshold(
             "earlier layer"
         )
     chosen = _without_rare(trial, chosen, find, min_share)
-    set_exit_threshold(model, chosen.threshold, exits=chosen.exits or trial.layers)
+    set_exit_threshold(
+        model, chosen.threshold, exits=None if trial.rule.looks_back else chosen.exits or trial.layers
+    )
     return chosen
 
 

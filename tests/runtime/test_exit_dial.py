@@ -45,6 +45,15 @@ def test_the_threshold_is_set_and_read(batches):
     assert exit_threshold(model) == 0.0 and exit_rule_of(model).asked_layers() == []
 
 
+def test_patience_refuses_to_leave_exits_out():
+    model = exiting_bert("patience")
+    with pytest.raises(ValueError, match="compares each exit with those before it"):
+        set_exit_threshold(model, 1, exits=[0])
+    assert exit_threshold(model) == math.inf
+    set_exit_threshold(model, 1, exits=exit_rule_of(model).layers)
+    assert exit_threshold(model) == 1
+
+
 def test_models_in_training_form_and_modules_that_hold_one_have_a_threshold_too():
     model = exiting_bert()
     set_exit_threshold(nn.Sequential(model), 0.25)
