@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_compress.callbacks.base import CompressionCallback
@@ -19,7 +19,7 @@ from lightning_compress.methods.multi_exit import MultiExitConfig as Config
 from lightning_compress.nn.exit_policy import ExitRuleName
 from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.multi_exit import Pooling
-from lightning_compress.runtime.exit_dial import ExitPoint, choose_exit_threshold
+from lightning_compress.runtime.exit_dial import ExitPoint, OutOfReachError, choose_exit_threshold
 from lightning_compress.runtime.trial import check_batch
 
 __all__ = ["MultiExit"]
@@ -152,19 +152,29 @@ def _choose(trainer: Trainer, router: ExitRouter, model: Any, goal: dict[str, fl
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing where validation ran
     chosen, rule = None, router.rule
     if trainer.is_global_zero:
-        with trainer.precision_plugin.forward_context():
+        chosen = _choose_here(trainer, model, goal)
+    settings = dict(rule.named_buffers())
+    for name, buffer in trainer.strategy.broadcast(settings).items():
+        settings[name].copy_(buffer)
+    return chosen
+
+
+def _choose_here(trainer: Trainer, model: Any, goal: dict[str, float]) -> ExitPoint | None:
+    """Choose and set the threshold; where the goal is out of reach nobody leaves, and training is not lost."""
+    with trainer.precision_plugin.forward_context():
+        try:
             chosen = choose_exit_threshold(
                 model,
                 validation_batches(trainer),
                 max_drop=goal.get("max_drop"),
                 target_flops=goal.get("target_flops"),
             )
-        wish = " and ".join(f"{name}={value}" for name, value in goal.items())
-        rank_zero_info(
-            f"{wish}: the threshold of the exits is {chosen.threshold:.3g}, which scores {chosen.score:.4f} with "
-            f"{chosen.flops_ratio:.1%} of the FLOPs"
-        )
-    settings = dict(rule.named_buffers())
-    for name, buffer in trainer.strategy.broadcast(settings).items():
-        settings[name].copy_(buffer)
+        except OutOfReachError as error:
+            rank_zero_warn(f"{error}. Nobody leaves until lightning_compress.set_exit_threshold says so")
+            return None
+    wish = " and ".join(f"{name}={value}" for name, value in goal.items())
+    rank_zero_info(
+        f"{wish}: the threshold of the exits is {chosen.threshold:.3g}, which scores {chosen.score:.4f} with "
+        f"{chosen.flops_ratio:.1%} of the FLOPs"
+    )
     return chosen

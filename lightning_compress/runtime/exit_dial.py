@@ -23,6 +23,7 @@ from lightning_compress.runtime.trial import Batch, Score
 __all__ = [
     "MIN_SHARE",
     "ExitPoint",
+    "OutOfReachError",
     "choose_exit_threshold",
     "exit_rule_of",
     "exit_threshold",
@@ -40,6 +41,11 @@ _TRIED = 200
 _SWEPT = 20
 """Thresholds of a sweep where none are given."""
 _NEGLIGIBLE = 1e-9
+
+
+class OutOfReachError(ValueError):
+    """No threshold of a model's exits spends as little as was asked for."""
+
 
 _Find = Callable[[tuple[int, ...]], ExitPoint | None]
 
@@ -159,8 +165,9 @@ def choose_exit_threshold(
         What was chosen, as measured; its ``score`` is None if a batch has no labels.
 
     Raises:
-        ValueError: If not exactly one goal is given, it is out of range or cannot be reached (the message has the
-            range that can), or for the reasons of :func:`sweep_exit_threshold`. The threshold is then as it was.
+        OutOfReachError: If ``target_flops`` cannot be reached; the message says what can.
+        ValueError: If not exactly one goal is given, it is out of range, or for the reasons of
+            :func:`sweep_exit_threshold`. The threshold is then as it was.
     """
     _check_goal(max_drop, target_flops, min_share)
     trial = ExitTrial(model, batches, score, needs_labels=max_drop is not None or score is not None)
@@ -174,7 +181,7 @@ def choose_exit_threshold(
     chosen = find(trial.layers)
     if chosen is None:
         fastest = trial.at(trial.thresholds(trial.layers)[-1])
-        raise ValueError(
+        raise OutOfReachError(
             f"target_flops={target_flops} cannot be reached by the exits of this model: on these batches they reach "
             f"{fastest.flops_ratio:.3f}, with everybody leaving as early as the rule allows; put an exit after an "
             "earlier layer"

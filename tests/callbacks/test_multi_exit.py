@@ -72,6 +72,14 @@ def test_the_threshold_is_chosen_on_validation_data_and_saved(goal: dict[str, fl
     assert depths(load(tmp_path)) == depths(module.model)
 
 
+def test_a_goal_out_of_reach_is_told_and_the_training_is_not_lost() -> None:
+    method = MultiExit(target_flops=0.05)
+    with pytest.warns(UserWarning, match="target_flops=0.05 cannot be reached"):
+        module = fitted(method)
+    assert is_packed(module) and method.chosen is None
+    assert set(depths(module.model)) == {4}
+
+
 def test_a_threshold_counts_in_validation_while_training_too() -> None:
     seen: list[list[int]] = []
 
