@@ -108,6 +108,13 @@ class WidthSlimmingConfig(MethodConfig):
             value = getattr(self, name)
             _check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
         _check_choice(self, "scope", ("linear", "encoder", "total"))
+        wide = ("heads", "ffn", "embedding_rank") if self.scope == "total" else ("heads", "ffn")
+        _check(
+            (self.target_params is None and self.target_flops is None)
+            or any(getattr(self, name) is None for name in wide),
+            f"target_params={self.target_params}, target_flops={self.target_flops} decides of widths that are not "
+            f"given, but {' and '.join(wide)} are: leave out one of them, or the target",
+        )
         _check_choice(self, "criterion", ("taylor", "group_taylor", "per_exit", "l0"))
         _check_choice(self, "ranking", ("uniform", "global"))
         for name, low in (("text_length", 1), ("calibration_batches", 0), ("steps", 1), ("ffn_multiple", 1)):

@@ -60,6 +60,8 @@ FAMILIES = {
         ({"calibration_batches": -1}, "calibration_batches=-1 is below 0"),
         ({"gate_lr": 0.0}, "gate_lr=0.0 is not positive"),
         ({"criterion": "per_exit"}, "give calibration_batches"),
+        ({"heads": 1, "ffn": 2, "target_params": 0.9}, "but heads and ffn are: leave out one of them"),
+        ({"heads": 1, "ffn": 2, "target_flops": 0.9}, "but heads and ffn are: leave out one of them"),
         ({"criterion": "l0", "hidden": 16}, "takes neither hidden nor"),
     ],
 )
