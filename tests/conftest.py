@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)  # speed is measured elsewhere, never asserted
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(autouse=True)
