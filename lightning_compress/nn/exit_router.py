@@ -10,6 +10,7 @@ Shape legend: B examples, N rows, D hidden size, C classes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from typing import Any, cast
 
@@ -187,14 +188,17 @@ def _report(router: ExitRouter, output: Any) -> None:
         output["exit_depth"] = router._pass.depth_B
 
 
-class _Hook:
+class _Hook(ABC):
+    """Belongs to a place in the model, whichever module is there."""
+
     follows_module = True
 
     def __init__(self, router: ExitRouter) -> None:
         self.router = router
 
+    @abstractmethod
     def __call__(self, *args: Any) -> Any:
-        raise NotImplementedError
+        """Run at that place."""
 
 
 class _Begin(_Hook):

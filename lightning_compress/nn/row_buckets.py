@@ -1,8 +1,8 @@
 """Numbers of rows that low-precision products on CPU have met before.
 
-In bf16 and fp16, oneDNN generates code for each number of rows it meets: measured 2 to 20 ms for the four linears of a
-384-wide layer at 32 to 1,200 rows, up to five times the product itself. Packed batches meet a new number at every
-layer that drops tokens; rounded up, they soon meet only known ones. The next chapter is
+In bf16 and fp16, oneDNN generates code for each number of rows it meets, which can take longer than the product
+itself. Packed batches meet a new number at every layer that drops tokens; rounded up, they soon meet only known ones.
+The next chapter is
 :mod:`lightning_compress.runtime.encoder`, which carries the spare rows along.
 
 Shape legend: N rows, P rows with spare ones, D width.

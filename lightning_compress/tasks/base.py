@@ -61,8 +61,8 @@ class TransformerTask(LightningModule):
             self.model.train()
 
     def build_model(self) -> PreTrainedModel:
-        """Build the Hugging Face model of this task."""
-        raise NotImplementedError
+        """Build the Hugging Face model of this task; subclasses say how."""
+        raise NotImplementedError(f"{type(self).__name__} says nowhere what its model is: define build_model")
 
     @override
     def forward(self, **inputs: Any) -> Any:
