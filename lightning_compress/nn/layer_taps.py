@@ -181,15 +181,19 @@ class _PassHook(_Hook):
         self.taps.inputs.update({**dict(zip(names, args, strict=False)), **kwargs})
 
 
-class _InputHook(_Hook):
-    """Of a layer: keeps what enters the first, and gives back to gradients the weight of the exits above.
-
-    What a policy of token dropping decides before the layer reaches it in the mask, which is treated alike.
-    """
+class _IndexedHook(_Hook):
+    """Of one layer."""
 
     def __init__(self, taps: LayerTaps, index: int) -> None:
         super().__init__(taps)
         self.index = index
+
+
+class _InputHook(_IndexedHook):
+    """Of a layer: keeps what enters the first, and gives back to gradients the weight of the exits above.
+
+    What a policy of token dropping decides before the layer reaches it in the mask, which is treated alike.
+    """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.index == 0:
@@ -220,12 +224,8 @@ class _InputHook(_Hook):
         }
 
 
-class _LayerHook(_Hook):
+class _LayerHook(_IndexedHook):
     """Of a layer: keeps what leaves it, and shares gradients that will come back among the exits."""
-
-    def __init__(self, taps: LayerTaps, index: int) -> None:
-        super().__init__(taps)
-        self.index = index
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
