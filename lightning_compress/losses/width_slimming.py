@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_compress.losses.base import LossMixin
 from lightning_compress.nn.hard_concrete import open_probability
-from lightning_compress.nn.width_budget import LayerCost
+from lightning_compress.nn.width_costs import LayerCost
 
 __all__ = ["STIFFNESS", "WidthSlimmingLossMixin", "expected_cost", "lagrangian", "terms"]
 

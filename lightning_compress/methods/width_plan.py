@@ -17,14 +17,8 @@ from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.factored_embedding import check_embedding_rank
 from lightning_compress.nn.importance import LayerScores
 from lightning_compress.nn.surgery import get_module
-from lightning_compress.nn.width_budget import (
-    Counts,
-    LayerCost,
-    WidthCosts,
-    choose_counts,
-    choose_kept,
-    default_multiple,
-)
+from lightning_compress.nn.width_budget import choose_counts, choose_kept, default_multiple
+from lightning_compress.nn.width_costs import Counts, LayerCost, WidthCosts
 from lightning_compress.nn.width_slimming import narrowed
 from lightning_compress.nn.width_surgery import Widths
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
 from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
 from lightning_compress.methods.width_plan import WidthPlan, plan_widths
 from lightning_compress.nn.anatomy import describe
@@ -26,7 +26,8 @@ from lightning_compress.nn.hard_concrete import open_probability
 from lightning_compress.nn.hidden_slices import check_hidden
 from lightning_compress.nn.importance import ImportanceMeter, LayerScores
 from lightning_compress.nn.surgery import Ledger, get_module
-from lightning_compress.nn.width_budget import Counts, WidthCosts, keep_best
+from lightning_compress.nn.width_budget import keep_best
+from lightning_compress.nn.width_costs import Counts, WidthCosts
 from lightning_compress.nn.width_slimming import WidthGates
 from lightning_compress.nn.width_surgery import apply_widths, restore_widths
 
@@ -100,39 +101,39 @@ class WidthSlimmingConfig(MethodConfig):
     def __post_init__(self) -> None:
         for name in ("heads", "ffn", "embedding_rank", "hidden"):
             _check_width(name, getattr(self, name))
-        _check(
+        check(
             self.target_params is None or self.target_flops is None,
             f"target_params={self.target_params} and target_flops={self.target_flops} are two goals: give one",
         )
         for name in ("target_params", "target_flops"):
             value = getattr(self, name)
-            _check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
-        _check_choice(self, "scope", ("linear", "encoder", "total"))
+            check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
+        check_choice(self, "scope", ("linear", "encoder", "total"))
         wide = ("heads", "ffn", "embedding_rank") if self.scope == "total" else ("heads", "ffn")
-        _check(
+        check(
             (self.target_params is None and self.target_flops is None)
             or any(getattr(self, name) is None for name in wide),
             f"target_params={self.target_params}, target_flops={self.target_flops} decides of widths that are not "
             f"given, but {' and '.join(wide)} are: leave out one of them, or the target",
         )
-        _check_choice(self, "criterion", ("taylor", "group_taylor", "per_exit", "l0"))
-        _check_choice(self, "ranking", ("uniform", "global"))
+        check_choice(self, "criterion", ("taylor", "group_taylor", "per_exit", "l0"))
+        check_choice(self, "ranking", ("uniform", "global"))
         for name, low in (("text_length", 1), ("calibration_batches", 0), ("steps", 1), ("ffn_multiple", 1)):
             value = getattr(self, name)
-            _check(value is None or value >= low, f"{name}={value} is below {low}")
-            _check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")
-        _check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
-        _check(
+            check(value is None or value >= low, f"{name}={value} is below {low}")
+            check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")
+        check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
+        check(
             self.start < self.end <= 1.0,
             f"end={self.end} is outside (start={self.start}, 1]: widths fall between the two",
         )
-        _check(self.gate_lr is None or self.gate_lr > 0, f"gate_lr={self.gate_lr} is not positive")
-        _check(
+        check(self.gate_lr is None or self.gate_lr > 0, f"gate_lr={self.gate_lr} is not positive")
+        check(
             self.criterion != "per_exit" or self.calibration_batches > 0,
             "criterion='per_exit' takes a gradient for each exit, in a pass of its own: give calibration_batches, "
             "e.g. 32",
         )
-        _check(
+        check(
             self.criterion != "l0" or (self.hidden is None and self.calibration_batches == 0),
             "criterion='l0' learns gates of heads and neurons while training: it takes neither hidden nor "
             "calibration_batches",
@@ -441,13 +442,3 @@ def _check_width(name: str, value: Width) -> None:
         raise ValueError(
             f"{name}={value!r} is neither a count, a whole number from 1, nor a share, a fraction in (0, 1]"
         )
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_choice(config: WidthSlimmingConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    _check(value in choices, f"{name}={value!r} is not one of {list(choices)}")

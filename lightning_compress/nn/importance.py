@@ -1,7 +1,8 @@
 """How much a loss would feel the loss of a head, a neuron or a hidden dimension: first-order Taylor scores.
 
 Scores are read off weights and their gradients, wherever gradients come from: ordinary training steps or a separate
-pass. The next chapter is :mod:`lightning_compress.nn.width_budget`, which turns scores into what is kept.
+pass. The next chapter is :mod:`lightning_compress.nn.width_costs`; with both, :mod:`lightning_compress.nn.width_budget`
+chooses what is kept.
 
 Shape legend: O out features, I in features, G heads (groups of query heads that share key and value), F neurons of the
 FFN, D hidden size, K structures of any of these kinds.

@@ -13,7 +13,7 @@ from lightning_compress.losses.width_slimming import (
     lagrangian,
     terms,
 )
-from lightning_compress.nn.width_budget import LayerCost
+from lightning_compress.nn.width_costs import LayerCost
 from tests.toys_slimming import slimmed
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_compress.methods.width_plan import plan_widths
 from lightning_compress.methods.width_slimming import WidthSlimmingConfig
 from lightning_compress.nn.importance import LayerScores
-from lightning_compress.nn.width_budget import Counts
+from lightning_compress.nn.width_costs import Counts
 from tests.toys import tiny_bert
 
 
