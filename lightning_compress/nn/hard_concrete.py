@@ -1,6 +1,6 @@
 """Gates that are exactly 0 or 1 with some probability and still have a gradient: the hard concrete distribution.
 
-The next chapter is :mod:`lightning_compress.nn.width_slimming`, whose gates they are under the L0 criterion.
+The next chapter is :mod:`lightning_compress.nn.width_gate`, whose gates they are under the L0 criterion.
 
 Shape legend: K gates.
 

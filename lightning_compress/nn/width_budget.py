@@ -1,6 +1,6 @@
 """Choosing widths: how many heads, neurons and embedding ranks fit into a budget, and which of them stay.
 
-The next chapter is :mod:`lightning_compress.nn.width_slimming`.
+The next chapter is :mod:`lightning_compress.nn.width_gate`.
 
 Shape legend: L layers, G heads (groups of query heads that share key and value) and F neurons of a layer, K structures
 of one kind in one layer.
