@@ -19,6 +19,8 @@ __all__ = [
     "MethodConfig",
     "MethodHandle",
     "MethodModule",
+    "check",
+    "check_choice",
     "config_from_dict",
     "leaves_no_trace",
 ]
@@ -46,6 +48,26 @@ def config_from_dict(config_class: type[MethodConfig], data: dict[str, Any]) -> 
     if unknown:
         raise ValueError(f"{config_class.__name__} has no fields {unknown}; it knows {sorted(known)}")
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+
+
+def check(condition: bool, message: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        ValueError: If the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that a field does not know.
+
+    Raises:
+        ValueError: If the value of the field ``name`` is none of the choices.
+    """
+    value = getattr(config, name)
+    check(value in choices, f"{name}={value!r} is not one of {list(choices)}")
 
 
 class AuxiliaryGroup(NamedTuple):

@@ -16,10 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.token_dropping import (
-    check,
     check_can_drop,
     check_shared_settings,
     chosen_layers,
@@ -107,9 +106,9 @@ class BottleneckTokenDroppingConfig(MethodConfig):
             value = getattr(self, name)
             check(value is None or value >= 0, f"{name}={value} is negative")
             check(value is None or value < math.inf, f"{name}={value} is not finite")
-        _check_choice(self, "objective", ("bottleneck", "skim"))
-        _check_choice(self, "form", ("rms", "kl", "batch_fro"))
-        _check_choice(self, "penalize", ("probabilities", "samples"))
+        check_choice(self, "objective", ("bottleneck", "skim"))
+        check_choice(self, "form", ("rms", "kl", "batch_fro"))
+        check_choice(self, "penalize", ("probabilities", "samples"))
         width = self.sampler_width
         check(width is None or width >= 1, f"sampler_width={width} is below 1")
         check(0.0 < self.sampler_lr < math.inf, f"sampler_lr={self.sampler_lr} is not positive and finite")
@@ -291,8 +290,3 @@ def _structure(handle: BottleneckTokenDroppingHandle) -> dict[str, Any]:
         "protect_first": config.protect_first,
         "protect_tokens": list(config.protect_tokens),
     }
-
-
-def _check_choice(config: BottleneckTokenDroppingConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    check(value in choices, f"{name}={value!r} is not one of {list(choices)}")

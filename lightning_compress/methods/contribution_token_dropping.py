@@ -19,12 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.saliency_teacher import SaliencyTeacher
 from lightning_compress.methods.teacher import source_of
 from lightning_compress.methods.token_dropping import (
-    check,
     check_can_drop,
     check_shared_settings,
     chosen_layers,

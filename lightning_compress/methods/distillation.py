@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
 from lightning_compress.methods.teacher import Teacher, check_same_task, source_of
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.distillation import (
@@ -81,29 +81,27 @@ class DistillationConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", source_of(self.teacher))
-        _check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
+        check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
         for name in ("hidden_weight", "logit_weight", "task_weight"):
             value = getattr(self, name)
-            _check(0.0 <= value < math.inf, f"{name}={value} is not a number from 0")
-        _check(
+            check(0.0 <= value < math.inf, f"{name}={value} is not a number from 0")
+        check(
             self.hidden_weight > 0 or self.logit_weight > 0,
             "hidden_weight=0 and logit_weight=0 leave nothing to learn from the teacher: give one of them a weight",
         )
-        _check(
-            0.0 < self.temperature < math.inf, f"temperature={self.temperature} is not positive and finite"
-        )
-        _check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
+        check(0.0 < self.temperature < math.inf, f"temperature={self.temperature} is not positive and finite")
+        check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
         marks = None if self.stages is None else tuple(self.stages)
         object.__setattr__(self, "stages", marks)
-        _check(
+        check(
             marks is None
             or (
                 bool(marks) and list(marks) == sorted({*marks}) and self.start <= marks[0] and marks[-1] < 1.0
             ),
             f"stages={marks} must be ascending shares of training from start={self.start} to below 1",
         )
-        _check(0.0 <= self.hidden_first < 1.0, f"hidden_first={self.hidden_first} is outside [0, 1)")
-        _check(
+        check(0.0 <= self.hidden_first < 1.0, f"hidden_first={self.hidden_first} is outside [0, 1)")
+        check(
             self.hidden_first == 0.0 or self.hidden_weight > 0,
             f"hidden_first={self.hidden_first} trains on hidden states alone, which hidden_weight=0 leaves out",
         )
@@ -217,7 +215,7 @@ class _GuidingTeacher(Teacher):
         """See that it reads the same tokens and puts out what is to be compared; its states must be in reach."""
         names = ["vocab_size"] + ["num_labels"] * (self.config.logit_weight > 0)
         check_same_task(self.source, model, student, names)
-        _check(
+        check(
             self.config.logit_weight == 0 or describe(model).head is not None,
             f"teacher={self.source!r} is a {type(model).__name__}, which predicts nothing: give a fine-tuned model, or "
             "logit_weight=0",
@@ -241,11 +239,11 @@ def prepare(
         ValueError: If the model has no predictions or no hidden states to compare, or two teachers are named.
     """
     anatomy, name = describe(model), type(model).__name__
-    _check(
+    check(
         config.logit_weight == 0 or (anatomy.head is not None and "ForQuestionAnswering" not in name),
         f"{name} has no predictions of classes or numbers to distil: give logit_weight=0 to distil hidden states only",
     )
-    _check(
+    check(
         config.hidden_weight == 0 or packed_encoder(model) is None,
         "the model is packed, which hides the states between its layers: call lightning_compress.unpack(model) before "
         "distilling it, or give hidden_weight=0",
@@ -302,14 +300,9 @@ def _guides(teacher: nn.Module, student: nn.Module, config: DistillationConfig) 
     count = len(theirs.layers)
     if config.hidden_weight == 0 and count < len(ours.layers):
         return layer_map(count, count)
-    _check(
+    check(
         config.hidden_weight == 0 or theirs.hidden_size == ours.hidden_size,
         f"the teacher's hidden states are {theirs.hidden_size} wide, the model's {ours.hidden_size}, so they cannot be "
         "compared: give a teacher of the same width, or hidden_weight=0 to distil predictions only",
     )
     return layer_map(len(ours.layers), count)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
 from lightning_compress.methods.token_dropping import whole_numbers
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.distillation import LogitsRecorder, stop_recording
@@ -77,25 +77,25 @@ class MultiExitConfig(MethodConfig):
     """Share of training over which the weights of the exits' losses grow from 0, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        _check_choice("rule", self.rule, get_args(ExitRuleName))
-        _check_choice("pooling", self.pooling, get_args(Pooling))
+        check_choice(self, "rule", get_args(ExitRuleName))
+        check_choice(self, "pooling", get_args(Pooling))
         goals = [
             name for name in ("threshold", "target_flops", "max_drop") if getattr(self, name) is not None
         ]
-        _check(len(goals) < 2, f"{' and '.join(goals)} are different ways to choose one threshold: give one")
-        _check(
+        check(len(goals) < 2, f"{' and '.join(goals)} are different ways to choose one threshold: give one")
+        check(
             self.target_flops is None or 0.0 < self.target_flops <= 1.0,
             f"target_flops={self.target_flops} is outside (0, 1]",
         )
-        _check(
+        check(
             self.max_drop is None or 0.0 <= self.max_drop < 1.0,
             f"max_drop={self.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
         )
-        _check(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} is outside [0, 1)")
+        check(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} is outside [0, 1)")
         for name in ("label_weight", "final_weight"):
             value = getattr(self, name)
-            _check(0.0 <= value < math.inf, f"{name}={value} is not a number from 0")
-        _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+            check(0.0 <= value < math.inf, f"{name}={value} is not a number from 0")
+        check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         object.__setattr__(self, "exits", None if self.exits is None else tuple(self.exits))
         # refuses a threshold or tolerance out of range
         make_exit_rule(**_rule_settings(self), layers=(0,), num_labels=2, hidden_size=1)
@@ -192,7 +192,7 @@ def prepare(model: nn.Module, config: MultiExitConfig) -> MultiExitHandle:
             or a layer does not exist; or if the rule is not for its kind of answer.
     """
     anatomy = _check_can_exit(model, config)
-    _check(
+    check(
         packed_encoder(model) is None,
         "the model is packed, which hides the states between its layers: call lightning_compress.unpack(model) before "
         "giving it exits",
@@ -305,18 +305,18 @@ def _check_can_exit(model: nn.Module, config: MultiExitConfig) -> Anatomy:
     if anatomy.is_decoder:
         _check_can_share(anatomy, name, config)
         return anatomy
-    _check(
+    check(
         anatomy.is_post_norm and anatomy.encoder is not None,
         f"{name} is not an encoder like BERT's: exits are for BERT, RoBERTa, DistilBERT and ELECTRA, and for decoders "
         "that predict the next token",
     )
-    _check(
+    check(
         anatomy.head is not None and not anatomy.is_head_per_token,
         f"{name} has no head that answers once per text, so there is nothing to answer early: exits are for models "
         "that classify or score a whole text, e.g. AutoModelForSequenceClassification",
     )
     kind = getattr(model.config, "problem_type", None)
-    _check(
+    check(
         kind != "multi_label_classification",
         f"problem_type={kind!r}: exits are for one class or one number per text",
     )
@@ -324,13 +324,13 @@ def _check_can_exit(model: nn.Module, config: MultiExitConfig) -> Anatomy:
 
 
 def _check_can_share(anatomy: Anatomy, name: str, config: MultiExitConfig) -> None:
-    _check(
+    check(
         anatomy.head is not None and anatomy.head.endswith("lm_head") and anatomy.final_norm is not None,
         f"{name} is a decoder without a language-model head: exits are for decoders that predict the next token, e.g. "
         "AutoModelForCausalLM, and for encoders that classify",
     )
     for goal in ("threshold", "target_flops", "max_drop"):
-        _check(
+        check(
             getattr(config, goal) is None,
             f"{goal}={getattr(config, goal)}: no token of a decoder leaves early; its exits serve generation, with "
             f"generate(assistant_early_exit=...). Leave {goal} out",
@@ -340,12 +340,3 @@ def _check_can_share(anatomy: Anatomy, name: str, config: MultiExitConfig) -> No
 def _rule_settings(config: MultiExitConfig) -> dict[str, Any]:
     names = ("threshold", "normalized", "tolerance")
     return {"name": config.rule, **{name: getattr(config, name) for name in names}}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"{name}={value!r} is not one of {list(choices)}")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

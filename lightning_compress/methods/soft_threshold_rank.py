@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
@@ -95,34 +95,34 @@ class SoftThresholdRankConfig(MethodConfig):
     """A layer stays dense where its two factors would hold more than this share of the dense weights, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        _check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
-        _check(
+        check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
+        check(
             self.scope in ("linear", "encoder", "total"),
             f"scope={self.scope!r} is not linear, encoder or total",
         )
-        _check(
+        check(
             self.regularizer in ("target", "exp"),
             f"regularizer={self.regularizer!r} is not 'target' or 'exp'",
         )
-        _check(
+        check(
             self.allocation in ("learned", "uniform"),
             f"allocation={self.allocation!r} is not learned or uniform",
         )
-        _check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
-        _check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
-        _check(
+        check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
+        check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
+        check(
             self.warmup < self.search_end <= 1.0,
             f"search_end={self.search_end} is outside (warmup={self.warmup}, 1]: ranks are searched between the two",
         )
-        _check(self.sharpness > 0, f"sharpness={self.sharpness} is not positive")
-        _check(
+        check(self.sharpness > 0, f"sharpness={self.sharpness} is not positive")
+        check(
             self.threshold_lr is None or self.threshold_lr > 0,
             f"threshold_lr={self.threshold_lr} is not positive",
         )
         weight = self.regularizer_weight
-        _check(weight is None or weight >= 0, f"regularizer_weight={weight} is negative")
-        _check(self.rank_multiple >= 1, f"rank_multiple={self.rank_multiple} is below 1")
-        _check(0.0 < self.dense_above <= 1.0, f"dense_above={self.dense_above} is outside (0, 1]")
+        check(weight is None or weight >= 0, f"regularizer_weight={weight} is negative")
+        check(self.rank_multiple >= 1, f"rank_multiple={self.rank_multiple} is below 1")
+        check(0.0 < self.dense_above <= 1.0, f"dense_above={self.dense_above} is outside (0, 1]")
         object.__setattr__(self, "include", _patterns(self.include))
         object.__setattr__(self, "exclude", _patterns(self.exclude))
 
@@ -529,8 +529,3 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
 
 def _patterns(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

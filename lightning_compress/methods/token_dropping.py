@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_compress.methods.base import check
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.dropping import DroppingEncoder
 from lightning_compress.nn.surgery import Ledger, get_module
@@ -21,7 +22,6 @@ from lightning_compress.runtime import PackedEncoder
 
 __all__ = [
     "TokenGuard",
-    "check",
     "check_can_drop",
     "check_shared_settings",
     "chosen_layers",
@@ -33,16 +33,6 @@ __all__ = [
 ]
 
 _ATTENTION = ("sdpa", "eager")
-
-
-def check(condition: bool, message: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        ValueError: If the condition does not hold.
-    """
-    if not condition:
-        raise ValueError(message)
 
 
 def check_shared_settings(config: Any) -> None:
