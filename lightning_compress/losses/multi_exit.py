@@ -21,56 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_compress.losses.base import LossMixin
 from lightning_compress.losses.distillation import prediction_distance
+from lightning_compress.nn.label_loss import IGNORED, label_loss, next_token_loss
 from lightning_compress.nn.multi_exit import SharedExits, exit_logits, exit_states, shared_logits
 
 __all__ = [
     "MultiExitLossMixin",
     "final_exit_distance",
     "guessed_error",
-    "label_loss",
-    "next_token_loss",
     "terms",
 ]
-
-_IGNORED = -100
-
-
-def label_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the mean cross-entropy of classes; of numbers (one logit) the mean squared error.
-
-    Args:
-        logits_BC: What an exit says.
-        labels_B: Classes, -100 where there is none; or numbers, ``[B]`` or ``[B, 1]``.
-
-    Raises:
-        ValueError: If there are several logits and labels are no class indices.
-
-    Paper: specification §2.1, ``CE(z_l, y)``.
-    Departs from the paper: exits of a regression learn nothing in the official code.
-
-    Example:
-        >>> label_loss(torch.zeros(1, 2), torch.tensor([1]))  # ln 2
-        tensor(0.6931)
-    """
-    if logits_BC.shape[-1] == 1:
-        return F.mse_loss(logits_BC.float().flatten(), labels_B.float().flatten())
-    if labels_B.dtype.is_floating_point or labels_B.dim() != 1:
-        raise ValueError(
-            f"labels of type {labels_B.dtype} and shape {list(labels_B.shape)} are no class indices [B]: exits are for "
-            "one class or one number per text"
-        )
-    return F.cross_entropy(logits_BC.float(), labels_B, ignore_index=_IGNORED)
-
-
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the next token over places with one; labels of -100 do not count.
-
-    Example:
-        >>> next_token_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -100]]))  # ln 4
-        tensor(1.3863)
-    """
-    said, next_BT = logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten()
-    return F.cross_entropy(said, next_BT, ignore_index=_IGNORED)
 
 
 def final_exit_distance(exits: Mapping[int, Tensor], final_BC: Tensor) -> Tensor:
@@ -110,7 +69,7 @@ def guessed_error(guess_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> Tenso
     if logits_BC.shape[-1] == 1:
         error_B = (logits_BC.flatten() - labels_B.float().flatten()).abs().tanh()
         return F.mse_loss(guess_B.float(), error_B)
-    known_B = (labels_B != _IGNORED).float()
+    known_B = (labels_B != IGNORED).float()
     wrong_B = (logits_BC.argmax(dim=-1) != labels_B).float()
     return (known_B * (guess_B.float() - wrong_B).pow(2)).sum() / known_B.sum().clamp_min(1.0)
 

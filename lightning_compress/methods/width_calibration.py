@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.nn.importance import ImportanceMeter
+from lightning_compress.nn.label_loss import label_loss, next_token_loss
 from lightning_compress.nn.multi_exit import exit_logits, has_exits
 
 __all__ = ["BatchRecorder", "measure_importance"]
@@ -119,7 +119,11 @@ def _losses(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     labels = _check_labels(batch)
     loss = model(**batch).loss
     early = exit_logits(model).values() if has_exits(model) else ()
-    return [*(_label_loss(logits, labels) for logits in early), loss]
+    costs = [
+        next_token_loss(logits, labels) if logits.dim() == 3 else label_loss(logits, labels)
+        for logits in early
+    ]
+    return [*costs, loss]
 
 
 def _check_labels(given: Mapping[str, Any]) -> Tensor:
@@ -130,16 +134,6 @@ def _check_labels(given: Mapping[str, Any]) -> Tensor:
             "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
         )
     return labels
-
-
-def _label_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
-    if logits_BC.dim() == 3:  # a language model: each token predicts the next one
-        logits_BC, labels = logits_BC[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    if logits_BC.shape[-1] == 1:
-        return F.mse_loss(logits_BC.squeeze(-1), labels.to(logits_BC.dtype).view(-1))
-    if labels.shape == logits_BC.shape:
-        return F.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC.dtype))
-    return F.cross_entropy(logits_BC, labels.view(-1))
 
 
 @contextmanager

@@ -13,31 +13,14 @@ from lightning_compress.losses import TERMS, MultiExitLossMixin
 from lightning_compress.losses.multi_exit import (
     final_exit_distance,
     guessed_error,
-    label_loss,
-    next_token_loss,
     terms,
 )
 from lightning_compress.methods import multi_exit
+from lightning_compress.nn.label_loss import next_token_loss
 from lightning_compress.nn.multi_exit import exit_logits, exit_states
+from tests.slow_losses import one_hot, slow_cross_entropy, slow_softmax
 from tests.toys import tiny_bert
 from tests.toys_dropping import ragged_batch
-
-
-def slow_softmax(logits_C: list[float]) -> list[float]:
-    powers = [math.exp(x - max(logits_C)) for x in logits_C]
-    return [p / sum(powers) for p in powers]
-
-
-def slow_cross_entropy(logits_BC: Tensor, targets_BC: list[list[float]]) -> float:
-    total = 0.0
-    for logits_C, target_C in zip(logits_BC.tolist(), targets_BC, strict=True):
-        log_C = [math.log(p) for p in slow_softmax(logits_C)]
-        total -= sum(t * score for t, score in zip(target_C, log_C, strict=True))
-    return total / len(targets_BC)
-
-
-def one_hot(labels: list[int], count: int) -> list[list[float]]:
-    return [[float(c == label) for c in range(count)] for label in labels]
 
 
 def handle_of(model: Any = None, **settings: Any) -> Any:
@@ -46,46 +29,6 @@ def handle_of(model: Any = None, **settings: Any) -> Any:
 
 
 # formulas
-
-
-def test_the_label_loss_by_hand_and_by_a_loop() -> None:
-    assert label_loss(torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([1])).item() == pytest.approx(
-        math.log(4 / 3), abs=1e-6
-    )
-    logits_BC = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    labels = [0, 2, 1, 1, 0, 2]
-    expected = slow_cross_entropy(logits_BC, one_hot(labels, 3))
-    assert label_loss(logits_BC, torch.tensor(labels)).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_texts_without_a_label_do_not_count() -> None:
-    logits_BC = torch.tensor([[1.0, 0.0], [5.0, -5.0]])
-    assert torch.equal(
-        label_loss(logits_BC, torch.tensor([0, -100])), label_loss(logits_BC[:1], torch.tensor([0]))
-    )
-
-
-def test_numbers_have_a_squared_error() -> None:
-    for labels in (torch.tensor([1.0, 5.0]), torch.tensor([[1.0], [5.0]]), torch.tensor([1, 5])):
-        assert label_loss(torch.tensor([[2.0], [3.0]]), labels).item() == pytest.approx((1 + 4) / 2)
-
-
-@pytest.mark.parametrize("labels", [torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 0]]), torch.tensor([0.5])])
-def test_labels_that_are_no_class_are_refused(labels: Tensor) -> None:
-    with pytest.raises(ValueError, match="no class indices"):
-        label_loss(torch.zeros(1, 2), labels)
-
-
-def test_the_next_token_loss_by_a_loop() -> None:
-    logits_BTV = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
-    labels_BT = torch.tensor([[1, 2, -100, 0], [3, -100, -100, 4]])
-    losses = []
-    for b in range(2):
-        for t in range(3):
-            if labels_BT[b, t + 1] != -100:
-                target = one_hot([int(labels_BT[b, t + 1])], 5)
-                losses.append(slow_cross_entropy(logits_BTV[b, t : t + 1], target))
-    assert next_token_loss(logits_BTV, labels_BT).item() == pytest.approx(sum(losses) / len(losses), abs=1e-6)
 
 
 def test_the_distance_to_the_final_exit_is_a_sum_of_soft_cross_entropies_and_teaches_only_the_exits() -> None:
