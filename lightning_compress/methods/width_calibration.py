@@ -21,7 +21,7 @@ from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.label_loss import label_loss, next_token_loss
 from lightning_compress.nn.multi_exit import exit_logits, has_exits
 
-__all__ = ["BatchRecorder", "measure_importance"]
+__all__ = ["BatchRecorder", "check_trainable", "complete_importance", "measure_importance"]
 
 
 class BatchRecorder:
@@ -51,6 +51,13 @@ class BatchRecorder:
             self._handle.remove()
             self._handle = None
 
+    @staticmethod
+    def remove_from(model: nn.Module) -> None:
+        """Take recorders off a model; nothing happens where there are none."""
+        hooks = model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, BatchRecorder)]:
+            del hooks[key]
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the tensors of a training pass; they become part of the state by :meth:`settle`.
 
@@ -76,6 +83,40 @@ class BatchRecorder:
         """Count what was noted; a run that stops inside a batch does that batch again."""
         self.batches = [*self.batches, *self._recent][-self.size :] if self.size else []
         self._recent = []
+
+
+def check_trainable(model: nn.Module, meter: ImportanceMeter) -> None:
+    """Refuse weights without gradients.
+
+    Raises:
+        ValueError: If importance is read off some that are frozen.
+    """
+    read = {id(parameter) for parameter in meter.parameters() if not parameter.requires_grad}
+    frozen = [name for name, parameter in model.named_parameters() if id(parameter) in read]
+    if frozen:
+        raise ValueError(
+            f"importance is read off gradients of {len(frozen)} weights that are frozen, such as {frozen[0]}: use "
+            "criterion='l0', which learns gates instead, or train these weights"
+        )
+
+
+def complete_importance(
+    model: nn.Module, meter: ImportanceMeter, recorder: BatchRecorder, *, per_exit: bool = False
+) -> None:
+    """Complete the importance that a coming choice rests on, the same in all processes.
+
+    Args:
+        model: The model.
+        meter: What ordinary steps have told so far, if they are read.
+        recorder: Batches for a separate pass, if there is one.
+        per_exit: See :func:`measure_importance`.
+    """
+    if recorder.size and recorder.batches:
+        with recorder.paused():
+            measure_importance(model, meter, recorder.batches, per_exit=per_exit)
+    if not meter.num_passes:  # converted before a training step: the size of the weights is all there is
+        meter.add_sizes()
+    meter.reduce()
 
 
 def measure_importance(

@@ -9,76 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import nn
 
+from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.factored_embedding import check_embedding_rank
 from lightning_compress.nn.importance import LayerScores
 from lightning_compress.nn.surgery import get_module
-from lightning_compress.nn.width_budget import choose_counts, choose_kept, default_multiple
+from lightning_compress.nn.width_budget import choose_counts, choose_kept, default_multiple, keep_best
 from lightning_compress.nn.width_costs import Counts, LayerCost, WidthCosts
 from lightning_compress.nn.width_slimming import narrowed
 from lightning_compress.nn.width_surgery import Widths
 
-__all__ = ["WidthPlan", "WidthWish", "plan_widths"]
+__all__ = ["WidthPlan", "plan_widths"]
 
 _STEPS = 8
-
-
-class WidthWish(Protocol):
-    """What is read of a configuration."""
-
-    @property
-    def heads(self) -> int | float | None:
-        """Heads of each layer, or a share."""
-        ...
-
-    @property
-    def ffn(self) -> int | float | None:
-        """Neurons of each layer, or a share."""
-        ...
-
-    @property
-    def embedding_rank(self) -> int | float | None:
-        """Rank of the word embeddings, or a share."""
-        ...
-
-    @property
-    def hidden(self) -> int | float | None:
-        """Width of the residual stream, or a share."""
-        ...
-
-    @property
-    def target(self) -> float | None:
-        """Share of the cost; None where widths are given."""
-        ...
-
-    @property
-    def target_flops(self) -> float | None:
-        """The same where cost is FLOPs; None where it is parameters."""
-        ...
-
-    @property
-    def scope(self) -> Literal["linear", "encoder", "total"]:
-        """Which parameters count."""
-        ...
-
-    @property
-    def text_length(self) -> int:
-        """Tokens for which FLOPs count."""
-        ...
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of the schedule, if given."""
-        ...
-
-    @property
-    def ffn_multiple(self) -> int | None:
-        """Neurons are multiples of this, if given."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +49,43 @@ class WidthPlan:
     is_joint: bool
     """Whether heads and neurons share one budget, if layers compete."""
 
-    def compete(
+    def choose(
+        self,
+        scores: Sequence[LayerScores],
+        kept: Sequence[LayerScores],
+        counts: Counts,
+        done: int,
+        *,
+        ranking: Literal["uniform", "global"],
+        per_cost: bool = True,
+    ) -> list[LayerScores]:
+        """Return the masks after some steps.
+
+        Args:
+            scores: Importance of each layer's structures, on any device.
+            kept: Masks before.
+            counts: Counts after these steps, under a global ranking on average over layers.
+            done: Steps taken then.
+            ranking: Whether each layer keeps these counts, or all compete.
+            per_cost: Whether scores are weighed by cost where heads and neurons share a budget.
+        """
+        scores = [
+            LayerScores(score.heads_G.to(mask.heads_G.device), score.neurons_F.to(mask.neurons_F.device))
+            for score, mask in zip(scores, kept, strict=True)
+        ]
+        if ranking == "global":
+            return self._compete(scores, kept, counts, done, per_cost=per_cost)
+        return [
+            LayerScores(
+                keep_best(score.heads_G, heads, mask.heads_G > 0).float(),
+                keep_best(score.neurons_F, neurons, mask.neurons_F > 0).float(),
+            )
+            for score, mask, heads, neurons in zip(
+                scores, kept, counts.heads_L, counts.neurons_L, strict=True
+            )
+        ]
+
+    def _compete(
         self,
         scores: Sequence[LayerScores],
         kept: Sequence[LayerScores],
@@ -111,15 +94,7 @@ class WidthPlan:
         *,
         per_cost: bool,
     ) -> list[LayerScores]:
-        """Return the masks after some steps where all layers compete.
-
-        Args:
-            scores: Importance of each layer's structures.
-            kept: Masks before.
-            counts: Counts after these steps, on average over layers.
-            done: Steps taken then.
-            per_cost: Whether scores are weighed by cost where heads and neurons share a budget.
-        """
+        """Let the structures of all layers compete."""
         if self.is_joint:
             dense, rank = self.costs.dense, counts.embedding_rank
             budget = dense - (dense - self.budget) * done / self.steps
@@ -149,7 +124,7 @@ class WidthPlan:
         )
 
 
-def plan_widths(model: nn.Module, wish: WidthWish) -> WidthPlan:
+def plan_widths(model: nn.Module, wish: WidthSlimmingConfig) -> WidthPlan:
     """Turn a wish into counts.
 
     Raises:
@@ -199,7 +174,7 @@ def plan_widths(model: nn.Module, wish: WidthWish) -> WidthPlan:
     )
 
 
-def _costs(model: nn.Module, wish: WidthWish) -> WidthCosts:
+def _costs(model: nn.Module, wish: WidthSlimmingConfig) -> WidthCosts:
     if wish.target_flops is not None:
         return WidthCosts.in_flops(model, wish.text_length)
     return WidthCosts.in_parameters(model, wish.scope)

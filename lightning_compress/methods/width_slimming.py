@@ -1,8 +1,8 @@
 """WidthSlimming: heads, neurons, embedding ranks and hidden dimensions leave step by step, those of least importance.
 
-The plot in the order of time: the config, :func:`prepare`, :func:`update` (warm-up, slimming, recovery),
-:func:`convert`, :func:`restore`. While training gates close what is to go, so that shapes stay; ``convert`` cuts it
-off.
+The plot in the order of time: the config (written down in :mod:`lightning_compress.methods.width_config`),
+:func:`prepare`, :func:`update` (warm-up, slimming, recovery), :func:`convert`, :func:`restore`. While training gates
+close what is to go, so that shapes stay; ``convert`` cuts it off.
 How much is kept where stands in :mod:`lightning_compress.methods.width_plan`, the cast in
 :mod:`lightning_compress.nn.width_slimming`, the knife in :mod:`lightning_compress.nn.width_surgery`.
 
@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
-from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
+from lightning_compress.methods.base import AuxiliaryGroup
+from lightning_compress.methods.width_calibration import BatchRecorder, check_trainable, complete_importance
+from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_plan import WidthPlan, plan_widths
 from lightning_compress.nn.anatomy import describe
-from lightning_compress.nn.hard_concrete import open_probability
 from lightning_compress.nn.hidden_slices import check_hidden
-from lightning_compress.nn.importance import ImportanceMeter, LayerScores
+from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.nn.width_budget import keep_best
 from lightning_compress.nn.width_costs import Counts, WidthCosts
@@ -49,103 +49,6 @@ _RAMP_SHARE = 0.8
 _MULTIPLIER_SHARE = 0.1
 """Learning rate of the multipliers, as a share of that of the gates."""
 _EPSILON = 1e-9
-
-Width = int | float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthSlimmingConfig(MethodConfig):
-    """What the user may choose; the callback's arguments are these fields.
-
-    Of a width, a whole number is how many are kept and a fraction which share, 1.0 being all; None leaves it as it is,
-    or to the target.
-    """
-
-    stem: ClassVar[str] = "width_slimming"
-
-    heads: Width = None
-    """Attention heads kept in each layer (on average under a global ranking); with grouped queries whole groups."""
-    ffn: Width = None
-    """Neurons of the FFN kept in each layer; shares are rounded to ``ffn_multiple``."""
-    embedding_rank: Width = None
-    """Rank of the factorised word embeddings."""
-    hidden: Width = None
-    """Width of the residual stream, with norms and embeddings; not in COST-EFF."""
-    target_params: float | None = None
-    """Share of the parameters of ``scope`` to keep, in (0, 1], by widths not given; 0.5 if nothing is given."""
-    target_flops: float | None = None
-    """Instead: share of the layers' FLOPs to spend, in (0, 1], on texts of ``text_length`` tokens."""
-    scope: Literal["linear", "encoder", "total"] = "encoder"
-    """What ``target_params`` is a share of: weights of the linears, the layers, or the whole model, whose word
-    embeddings are then factorised too."""
-    text_length: int = 128
-    """Tokens of the text that ``target_flops`` is counted for, at least 1."""
-    criterion: Literal["taylor", "group_taylor", "per_exit", "l0"] = "taylor"
-    """``"taylor"``: sum of |weight times gradient|; ``"group_taylor"``: absolute value of the sum; ``"per_exit"``:
-    the first, exit by exit; ``"l0"``: gates learned against a price for being open."""
-    ranking: Literal["uniform", "global"] = "uniform"
-    """Whether each layer keeps the same share, or all layers compete."""
-    start: float = 0.1
-    """Share of training before slimming begins, in [0, 1)."""
-    end: float = 0.6
-    """Share of training after which widths are those of deployment, in (start, 1]."""
-    steps: int | None = None
-    """Equal steps in which widths fall; by default one for each head that a layer loses, 8 where none does."""
-    calibration_batches: int = 0
-    """Batches of a separate pass before each step; 0 reads the gradients of the ordinary steps."""
-    ffn_multiple: int | None = None
-    """Neurons kept are a multiple of this; by default up to 64, as the FFN's size allows."""
-    gate_lr: float | None = None
-    """Learning rate of the gates by criterion ``"l0"``, positive; by default from the length of the search."""
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "ffn", "embedding_rank", "hidden"):
-            _check_width(name, getattr(self, name))
-        check(
-            self.target_params is None or self.target_flops is None,
-            f"target_params={self.target_params} and target_flops={self.target_flops} are two goals: give one",
-        )
-        for name in ("target_params", "target_flops"):
-            value = getattr(self, name)
-            check(value is None or 0.0 < value <= 1.0, f"{name}={value} is outside (0, 1]")
-        check_choice(self, "scope", ("linear", "encoder", "total"))
-        wide = ("heads", "ffn", "embedding_rank") if self.scope == "total" else ("heads", "ffn")
-        check(
-            (self.target_params is None and self.target_flops is None)
-            or any(getattr(self, name) is None for name in wide),
-            f"target_params={self.target_params}, target_flops={self.target_flops} decides of widths that are not "
-            f"given, but {' and '.join(wide)} are: leave out one of them, or the target",
-        )
-        check_choice(self, "criterion", ("taylor", "group_taylor", "per_exit", "l0"))
-        check_choice(self, "ranking", ("uniform", "global"))
-        for name, low in (("text_length", 1), ("calibration_batches", 0), ("steps", 1), ("ffn_multiple", 1)):
-            value = getattr(self, name)
-            check(value is None or value >= low, f"{name}={value} is below {low}")
-            check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")
-        check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
-        check(
-            self.start < self.end <= 1.0,
-            f"end={self.end} is outside (start={self.start}, 1]: widths fall between the two",
-        )
-        check(self.gate_lr is None or self.gate_lr > 0, f"gate_lr={self.gate_lr} is not positive")
-        check(
-            self.criterion != "per_exit" or self.calibration_batches > 0,
-            "criterion='per_exit' takes a gradient for each exit, in a pass of its own: give calibration_batches, "
-            "e.g. 32",
-        )
-        check(
-            self.criterion != "l0" or (self.hidden is None and self.calibration_batches == 0),
-            "criterion='l0' learns gates of heads and neurons while training: it takes neither hidden nor "
-            "calibration_batches",
-        )
-
-    @property
-    def target(self) -> float | None:
-        """The share asked for, of parameters or FLOPs; None where widths are given instead."""
-        given = self.target_flops or self.target_params
-        widths = (self.heads, self.ffn, self.embedding_rank, self.hidden)
-        return 0.5 if given is None and all(width is None for width in widths) else given
-
 
 Config = WidthSlimmingConfig
 
@@ -182,6 +85,14 @@ class WidthSlimmingHandle:
             None if rank is None or rank.is_open else int(rank.rank),
             None if self.gates.hidden is None else int(self.gates.hidden.gate_K.sum()),
         )
+
+    @property
+    def expected_counts(self) -> Counts:
+        """What is kept in expectation, where gates are learned: fractions of heads and neurons."""
+        layers = self.gates.open_probabilities
+        heads_L = tuple(float(layer.heads_G.sum()) for layer in layers)
+        neurons_L = tuple(float(layer.neurons_F.sum()) for layer in layers)
+        return Counts(heads_L, neurons_L, self.counts.embedding_rank)  # type: ignore[arg-type]
 
     @property
     def other_cost(self) -> float:
@@ -235,7 +146,7 @@ class WidthSlimmingHandle:
         """Shares of heads, neurons and cost that are kept."""
         full, counts, costs = self.costs.full, self.counts, self.costs
         if self.phase == "slimming" and self.gates.multipliers is not None:
-            counts = _expected(self)
+            counts = self.expected_counts
         shares = {
             "heads_ratio": sum(counts.heads_L) / sum(full.heads_L),
             "neurons_ratio": sum(counts.neurons_L) / sum(full.neurons_L),
@@ -272,7 +183,7 @@ def prepare(model: nn.Module, config: WidthSlimmingConfig) -> WidthSlimmingHandl
     criterion = "group_taylor" if config.criterion == "group_taylor" else "taylor"
     meter = ImportanceMeter(model, criterion, hidden=plan.final.hidden is not None)
     if config.criterion != "l0":
-        _check_trainable(model, meter)
+        check_trainable(model, meter)
     gates = WidthGates.install(
         model,
         heads=plan.final.heads_L != plan.dense.heads_L,
@@ -283,7 +194,7 @@ def prepare(model: nn.Module, config: WidthSlimmingConfig) -> WidthSlimmingHandl
     )
     ledger = Ledger(model)
     ledger.on_revert(WidthGates.remove_from)
-    ledger.on_revert(_forget_batches)
+    ledger.on_revert(BatchRecorder.remove_from)
     recorder = BatchRecorder(config.calibration_batches).attach(model)
     return WidthSlimmingHandle(model, config, ledger, gates, plan, meter, recorder)
 
@@ -314,20 +225,23 @@ def update(handle: WidthSlimmingHandle, progress: float) -> None:
 
 def prune(handle: WidthSlimmingHandle, done: int) -> None:
     """Close what the first ``done`` steps of the schedule take, by the importance gathered since the last ones."""
-    plan, gates = handle.plan, handle.gates
+    config, plan, gates = handle.config, handle.plan, handle.gates
     counts, is_last = plan.final.step(plan.dense, done, plan.steps), done == plan.steps
     if counts.embedding_rank is not None and gates.embeddings is not None:
         table: Any = get_module(handle.model, describe(handle.model).word_embeddings)
         gates.embeddings.close(table.weight, counts.embedding_rank)
     if gates.multipliers is None:
-        _gather(handle)
-        gates.close(_chosen(handle, handle.meter.layers, counts, done))
+        complete_importance(
+            handle.model, handle.meter, handle.recorder, per_exit=config.criterion == "per_exit"
+        )
+        gates.close(plan.choose(handle.meter.layers, gates.masks, counts, done, ranking=config.ranking))
         if gates.hidden is not None and handle.meter.hidden_D is not None:
             kept_D = gates.hidden.gate_K > 0
             gates.hidden.close(keep_best(handle.meter.hidden_D.to(kept_D.device), counts.hidden or 0, kept_D))
         handle.meter.reset()
     elif is_last:
-        gates.close(_chosen(handle, _learned(gates), counts, done))
+        scores = gates.open_probabilities
+        gates.close(plan.choose(scores, gates.masks, counts, done, ranking=config.ranking, per_cost=False))
     handle.done = done
     if is_last:
         gates.sample(False)
@@ -362,83 +276,3 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
         PlanError: If the structure does not fit the model.
     """
     return restore_widths(model, structure)
-
-
-def _gather(handle: WidthSlimmingHandle) -> None:
-    """Complete the importance that the coming choice rests on, the same in all processes."""
-    meter, batches = handle.meter, handle.recorder.batches
-    if handle.config.calibration_batches and batches:
-        with handle.recorder.paused():
-            measure_importance(handle.model, meter, batches, per_exit=handle.config.criterion == "per_exit")
-    if not meter.num_passes:  # converted before a training step: the size of the weights is all there is
-        meter.add_sizes()
-    meter.reduce()
-
-
-def _chosen(
-    handle: WidthSlimmingHandle, scores: list[LayerScores], counts: Counts, done: int
-) -> list[LayerScores]:
-    """Return the masks of all layers after a step."""
-    config, plan, kept = handle.config, handle.plan, handle.gates.masks
-    scores = [_beside(score, mask) for score, mask in zip(scores, kept, strict=True)]
-    if config.ranking == "uniform":
-        pairs = zip(scores, kept, counts.heads_L, counts.neurons_L, strict=True)
-        return [
-            LayerScores(
-                keep_best(score.heads_G, heads, mask.heads_G > 0).float(),
-                keep_best(score.neurons_F, neurons, mask.neurons_F > 0).float(),
-            )
-            for score, mask, heads, neurons in pairs
-        ]
-    is_learned = handle.gates.multipliers is not None
-    return plan.compete(scores, kept, counts, done, per_cost=not is_learned)
-
-
-def _beside(score: LayerScores, mask: LayerScores) -> LayerScores:
-    return LayerScores(score.heads_G.to(mask.heads_G.device), score.neurons_F.to(mask.neurons_F.device))
-
-
-def _learned(gates: WidthGates) -> list[LayerScores]:
-    """Return the probability that each gate is open, 1 where gates are not learned."""
-
-    def worth(gate: Any) -> torch.Tensor:
-        location_K = gate.log_alpha_K
-        return torch.ones_like(gate.gate_K) if location_K is None else open_probability(location_K.detach())
-
-    return [
-        LayerScores(worth(heads), worth(neurons))
-        for heads, neurons in zip(gates.heads, gates.neurons, strict=True)
-    ]
-
-
-def _expected(handle: WidthSlimmingHandle) -> Any:
-    """Return how many heads and neurons are open in expectation."""
-    scores = _learned(handle.gates)
-    sums = [(float(layer.heads_G.sum()), float(layer.neurons_F.sum())) for layer in scores]
-    heads, neurons = zip(*sums, strict=True)
-    return Counts(heads, neurons, handle.counts.embedding_rank)  # type: ignore[arg-type]
-
-
-def _forget_batches(model: nn.Module) -> None:
-    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, BatchRecorder)]:
-        del model._forward_pre_hooks[key]
-
-
-def _check_trainable(model: nn.Module, meter: ImportanceMeter) -> None:
-    read = {id(parameter) for parameter in meter.parameters() if not parameter.requires_grad}
-    frozen = [name for name, parameter in model.named_parameters() if id(parameter) in read]
-    if frozen:
-        raise ValueError(
-            f"importance is read off gradients of {len(frozen)} weights that are frozen, such as {frozen[0]}: use "
-            "criterion='l0', which learns gates instead, or train these weights"
-        )
-
-
-def _check_width(name: str, value: Width) -> None:
-    if value is None:
-        return
-    is_share = isinstance(value, float)
-    if isinstance(value, bool) or not (0.0 < value <= 1.0 if is_share else value >= 1):
-        raise ValueError(
-            f"{name}={value!r} is neither a count, a whole number from 1, nor a share, a fraction in (0, 1]"
-        )

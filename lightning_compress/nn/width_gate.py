@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_compress.nn.factored_embedding import leading_basis
-from lightning_compress.nn.hard_concrete import expected_gate, sample_gate
+from lightning_compress.nn.hard_concrete import expected_gate, open_probability, sample_gate
 
 __all__ = ["HiddenGate", "RankGate", "StructureGate", "WidthGate", "masked_norm"]
 
@@ -68,6 +68,12 @@ class StructureGate(WidthGate):
         if self.is_sampled and self.log_alpha_K is not None:
             value_K = expected_gate(self.log_alpha_K.detach())
         return tuple(value_K.nonzero().flatten().tolist())
+
+    @property
+    def open_probability_K(self) -> Tensor:
+        """Probability that each gate is open, without gradient; 1 where gates are not learned."""
+        location_K = self.log_alpha_K
+        return torch.ones_like(self.gate_K) if location_K is None else open_probability(location_K.detach())
 
     @torch.no_grad()
     def close(self, mask_K: Tensor) -> None:

@@ -122,6 +122,12 @@ class WidthGates(nn.Module):
         pairs = zip(self.heads, self.neurons, strict=True)
         return [LayerScores(heads.gate_K, neurons.gate_K) for heads, neurons in pairs]  # type: ignore[arg-type]
 
+    @property
+    def open_probabilities(self) -> list[LayerScores]:
+        """Probability that each gate is open, of heads and neurons of each layer; 1 where they are not learned."""
+        pairs = zip(self.heads, self.neurons, strict=True)
+        return [LayerScores(heads.open_probability_K, neurons.open_probability_K) for heads, neurons in pairs]  # type: ignore[arg-type]
+
     def close(self, masks: Sequence[LayerScores]) -> None:
         """Keep what the masks of each layer have 1 for."""
         for heads, neurons, mask in zip(self.heads, self.neurons, masks, strict=True):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from lightning_compress.methods import width_calibration
 from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
+from lightning_compress.methods.width_config import WidthSlimmingConfig
+from lightning_compress.methods.width_slimming import prepare
 from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits, install_exits
 from tests.toys import tiny_bert
-from tests.toys_slimming import batch
+from tests.toys_slimming import batch, slimmed
 
 
 def test_the_pass_sums_the_scores_of_its_batches() -> None:
@@ -85,3 +91,28 @@ def test_a_recorder_of_nothing_does_not_listen() -> None:
     assert not model._forward_pre_hooks
     recorder.settle()
     assert recorder.batches == []
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "group_taylor", "per_exit"])
+def test_a_separate_pass_sees_the_latest_batches(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    measure = width_calibration.measure_importance
+
+    def spy(model: nn.Module, meter: ImportanceMeter, batches: Any, **settings: Any) -> None:
+        seen.append((len(batches), settings))
+        measure(model, meter, batches, **settings)
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    monkeypatch.setattr(width_calibration, "measure_importance", spy)
+    handle = slimmed(10, heads=2, criterion=criterion, calibration_batches=3)
+    assert seen == [(3, {"per_exit": criterion == "per_exit"})] * 2
+    assert handle.recorder.batches == [] and handle.model.training
+    assert not handle.model._forward_pre_hooks
+
+
+def test_frozen_weights_are_refused_with_the_remedy() -> None:
+    model = tiny_bert()
+    model.bert.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"1 weights that are frozen.*criterion='l0'"):
+        prepare(model, WidthSlimmingConfig())
+    prepare(model, WidthSlimmingConfig(criterion="l0"))

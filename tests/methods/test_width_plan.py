@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_plan import plan_widths
-from lightning_compress.methods.width_slimming import WidthSlimmingConfig
 from lightning_compress.nn.importance import LayerScores
 from lightning_compress.nn.width_costs import Counts
 from tests.toys import tiny_bert
@@ -72,7 +72,7 @@ def test_competing_layers_share_the_counts_of_their_kind_where_counts_are_given(
     torch.manual_seed(0)
     scores = [LayerScores(torch.rand(4) + layer, torch.rand(64) + layer) for layer in range(2)]
     kept = [LayerScores(torch.ones(4), torch.ones(64)) for _ in range(2)]
-    masks = plan.compete(scores, kept, plan.final, plan.steps, per_cost=True)
+    masks = plan.choose(scores, kept, plan.final, plan.steps, ranking="global")
     assert [int(mask.heads_G.sum()) for mask in masks] == [1, 3]
     assert sum(int(mask.neurons_F.sum()) for mask in masks) == 64
 
@@ -81,7 +81,7 @@ def test_heads_and_neurons_share_one_budget_under_a_target() -> None:
     plan = planned(target_params=0.6, ranking="global")
     scores = [LayerScores(torch.zeros(4), torch.ones(64)) for _ in range(2)]
     kept = [LayerScores(torch.ones(4), torch.ones(64)) for _ in range(2)]
-    masks = plan.compete(scores, kept, plan.final, plan.steps, per_cost=True)
+    masks = plan.choose(scores, kept, plan.final, plan.steps, ranking="global")
     assert [int(mask.heads_G.sum()) for mask in masks] == [1, 1]
     counts = Counts((1, 1), tuple(int(mask.neurons_F.sum()) for mask in masks))
     assert plan.costs.of(counts) <= plan.budget < plan.costs.of(Counts((1, 1), (64, 64)))

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_compress.compressor import Compressor
-from lightning_compress.methods import width_slimming
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.distillation import DistillationConfig
@@ -39,41 +37,6 @@ FAMILIES = {
     "gpt2": "GPT2ForSequenceClassification",
     "llama": "LlamaForSequenceClassification",
 }
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"target_params": 0.5, "target_flops": 0.5}, "are two goals"),
-        ({"target_params": 0.0}, r"target_params=0.0 is outside \(0, 1\]"),
-        ({"target_flops": 1.5}, r"target_flops=1.5 is outside \(0, 1\]"),
-        ({"heads": 0}, "heads=0 is neither a count"),
-        ({"ffn": 1.5}, "ffn=1.5 is neither a count"),
-        ({"hidden": True}, "hidden=True is neither a count"),
-        ({"criterion": "magic"}, "criterion='magic' is not one of"),
-        ({"ranking": "local"}, "ranking='local' is not one of"),
-        ({"scope": "all"}, "scope='all' is not one of"),
-        ({"start": 0.5, "end": 0.5}, "end=0.5 is outside"),
-        ({"start": 1.0}, "start=1.0 is outside"),
-        ({"steps": 0}, "steps=0 is below 1"),
-        ({"steps": 1.5}, "steps=1.5 is no whole number"),
-        ({"calibration_batches": -1}, "calibration_batches=-1 is below 0"),
-        ({"gate_lr": 0.0}, "gate_lr=0.0 is not positive"),
-        ({"criterion": "per_exit"}, "give calibration_batches"),
-        ({"heads": 1, "ffn": 2, "target_params": 0.9}, "but heads and ffn are: leave out one of them"),
-        ({"heads": 1, "ffn": 2, "target_flops": 0.9}, "but heads and ffn are: leave out one of them"),
-        ({"criterion": "l0", "hidden": 16}, "takes neither hidden nor"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        WidthSlimmingConfig(**settings)
-
-
-def test_half_of_the_layers_is_the_goal_where_none_is_given() -> None:
-    assert WidthSlimmingConfig().target == 0.5
-    assert WidthSlimmingConfig(heads=6).target is None
-    assert WidthSlimmingConfig(heads=6, target_flops=0.3).target == 0.3
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
@@ -229,23 +192,6 @@ def test_in_company_too_the_gated_model_is_counted_and_computes_as_the_cut_one(c
     assert counted.encoder < count_parameters(tiny_bert()).encoder
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "group_taylor", "per_exit"])
-def test_a_separate_pass_sees_the_latest_batches(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    measure = width_slimming.measure_importance
-
-    def spy(model: nn.Module, meter: ImportanceMeter, batches: Any, **settings: Any) -> None:
-        seen.append((len(batches), settings))
-        measure(model, meter, batches, **settings)
-        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
-
-    monkeypatch.setattr(width_slimming, "measure_importance", spy)
-    handle = slimmed(10, heads=2, criterion=criterion, calibration_batches=3)
-    assert seen == [(3, {"per_exit": criterion == "per_exit"})] * 2
-    assert handle.recorder.batches == [] and handle.model.training
-    assert not handle.model._forward_pre_hooks
-
-
 def test_a_model_converted_before_it_learned_keeps_its_largest_weights() -> None:
     model = tiny_bert()
     weight = model.bert.encoder.layer[0].attention.output.dense.weight
@@ -276,14 +222,6 @@ def test_the_gates_that_are_most_likely_open_stay() -> None:
     ]
     update(handle, 0.8)
     assert [list(gate.kept) for gate in [*handle.gates.heads, *handle.gates.neurons]] == best
-
-
-def test_frozen_weights_are_refused_with_the_remedy() -> None:
-    model = tiny_bert()
-    model.bert.encoder.layer[1].output.dense.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"1 weights that are frozen.*criterion='l0'"):
-        prepare(model, WidthSlimmingConfig())
-    prepare(model, WidthSlimmingConfig(criterion="l0"))
 
 
 def test_nothing_is_left_in_a_model_that_is_refused() -> None:

@@ -1,0 +1,44 @@
+"""Settings of WidthSlimming: what is refused, and the goal where none is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_compress.methods.width_config import WidthSlimmingConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_params": 0.5, "target_flops": 0.5}, "are two goals"),
+        ({"target_params": 0.0}, r"target_params=0.0 is outside \(0, 1\]"),
+        ({"target_flops": 1.5}, r"target_flops=1.5 is outside \(0, 1\]"),
+        ({"heads": 0}, "heads=0 is neither a count"),
+        ({"ffn": 1.5}, "ffn=1.5 is neither a count"),
+        ({"hidden": True}, "hidden=True is neither a count"),
+        ({"criterion": "magic"}, "criterion='magic' is not one of"),
+        ({"ranking": "local"}, "ranking='local' is not one of"),
+        ({"scope": "all"}, "scope='all' is not one of"),
+        ({"start": 0.5, "end": 0.5}, "end=0.5 is outside"),
+        ({"start": 1.0}, "start=1.0 is outside"),
+        ({"steps": 0}, "steps=0 is below 1"),
+        ({"steps": 1.5}, "steps=1.5 is no whole number"),
+        ({"calibration_batches": -1}, "calibration_batches=-1 is below 0"),
+        ({"gate_lr": 0.0}, "gate_lr=0.0 is not positive"),
+        ({"criterion": "per_exit"}, "give calibration_batches"),
+        ({"heads": 1, "ffn": 2, "target_params": 0.9}, "but heads and ffn are: leave out one of them"),
+        ({"heads": 1, "ffn": 2, "target_flops": 0.9}, "but heads and ffn are: leave out one of them"),
+        ({"criterion": "l0", "hidden": 16}, "takes neither hidden nor"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WidthSlimmingConfig(**settings)
+
+
+def test_half_of_the_layers_is_the_goal_where_none_is_given() -> None:
+    assert WidthSlimmingConfig().target == 0.5
+    assert WidthSlimmingConfig(heads=6).target is None
+    assert WidthSlimmingConfig(heads=6, target_flops=0.3).target == 0.3
