@@ -144,34 +144,33 @@ def test_a_snapshot_of_learned_ranks_is_dense_and_stays_what_it_was_in_later_pha
     assert torch.allclose(later.saliency(inputs()), expected, atol=1e-3)
 
 
-def refused(teacher: SaliencyTeacher, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        teacher.open(tiny_bert(**LIVELY))
-
-
 def test_a_teacher_of_another_task_or_tokenizer_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
     for settings, message in (
         ({"num_labels": 2}, "has 2 labels, the model 3"),
         ({"vocab_size": 30}, "has 30 tokens in its vocabulary, the model 40"),
     ):
-        refused(SaliencyTeacher(saved(tmp_path / str(settings), **settings)), message)
-        refused(SaliencyTeacher("module", given=tiny_bert(**{**LIVELY, **settings})), message)
+        from_folder = SaliencyTeacher(saved(tmp_path / str(settings), **settings))
+        for teacher in (from_folder, SaliencyTeacher("module", given=tiny_bert(**{**LIVELY, **settings}))):
+            with pytest.raises(ValueError, match=message):
+                teacher.open(tiny_bert(**LIVELY))
 
 
 def test_a_teacher_that_was_not_fine_tuned_is_refused(tmp_path: Path) -> None:
     BertModel(tiny_bert(**LIVELY).config).save_pretrained(tmp_path)
-    refused(SaliencyTeacher(str(tmp_path)), r"was not fine-tuned.*classifier.weight")
+    with pytest.raises(ValueError, match=r"was not fine-tuned.*classifier.weight"):
+        SaliencyTeacher(str(tmp_path)).open(tiny_bert(**LIVELY))
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    refused(
-        SaliencyTeacher(str(tmp_path / "nowhere")), r"nowhere' cannot be loaded \(there is no such folder\)"
-    )
+    with pytest.raises(ValueError, match=r"nowhere' cannot be loaded \(there is no such folder\)"):
+        SaliencyTeacher(str(tmp_path / "nowhere")).open(tiny_bert(**LIVELY))
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForTokenClassification])
 def test_a_given_model_that_predicts_no_class_per_text_is_refused(kind: type[nn.Module]) -> None:
-    refused(SaliencyTeacher("module", given=kind(tiny_bert(**LIVELY).config)), "not one per text")
+    teacher = SaliencyTeacher("module", given=kind(tiny_bert(**LIVELY).config))
+    with pytest.raises(ValueError, match="not one per text"):
+        teacher.open(tiny_bert(**LIVELY))
 
 
 def test_two_teachers_are_refused() -> None:
@@ -180,7 +179,8 @@ def test_two_teachers_are_refused() -> None:
 
 
 def test_a_teacher_that_is_not_given_again_is_asked_for() -> None:
-    refused(SaliencyTeacher("module"), r"give it again.*teacher_model=")
+    with pytest.raises(ValueError, match=r"give it again.*teacher_model="):
+        SaliencyTeacher("module").open(tiny_bert(**LIVELY))
 
 
 def test_a_model_called_without_ids_cannot_be_explained() -> None:
