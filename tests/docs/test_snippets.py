@@ -8,6 +8,7 @@ comments steer it:
 """
 
 import re
+import symtable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def read_snippets(text: str) -> list[Snippet]:
     return snippets
 
 
+def names_bound_by(code: str) -> set[str]:
+    """Returns the names that a block is to leave in the namespace: assigned, imported and defined ones."""
+    symbols = symtable.symtable(code, "a block", "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+
+
 def pages() -> list[Path]:
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in files if path.is_file() and read_snippets(path.read_text(encoding="utf-8"))]
@@ -55,6 +62,12 @@ def test_the_page_runs_as_it_is_written(page: Path, tmp_path: Path, monkeypatch:
     for snippet in read_snippets(page.read_text(encoding="utf-8")):
         code = "\n" * (snippet.line - 1) + snippet.code  # so that a traceback names the line of the page
         exec(compile(code, str(page), "exec"), namespace)
+        assert names_bound_by(snippet.code) <= namespace.keys(), f"the block of line {snippet.line}"
+
+
+def test_the_names_that_a_block_leaves_are_those_of_its_own_level():
+    code = "import a.b\nfrom c import d as e\nfor f in e:\n    g = [h for h in f]\ndef i():\n    j = g"
+    assert names_bound_by(code) == {"a", "e", "f", "g", "i"}
 
 
 def test_a_block_is_read_with_its_line_and_without_its_indentation():
