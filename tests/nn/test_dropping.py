@@ -20,7 +20,6 @@ from lightning_compress.nn.dropping import (
     compute_dtype,
     real_tokens,
 )
-from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module, replace_module
 from lightning_compress.nn.tape import Tape, TokensKept
 
@@ -28,18 +27,12 @@ FAMILIES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "e
 
 
 class Listed(nn.Module):
-    """Keeps the same tokens of every text, layer by layer."""
+    """Keeps the same tokens of every text, layer by layer: a policy as far as the training form asks for it."""
 
     def __init__(self, keep_LT: Tensor) -> None:
         super().__init__()
         self.keep_LT, self.is_active = keep_LT, True
         self.seen: list[Tensor] = []
-
-    def protected(self, real_BT: Tensor) -> Tensor:
-        return real_BT & (real_BT.cumsum(1) == 1)
-
-    def decide(self, layer: int, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        raise NotImplementedError
 
     def begin(self, real_BT: Tensor) -> Tensor:
         self.seen = []
@@ -216,7 +209,9 @@ def test_copies_of_a_model_have_recorders_of_their_own() -> None:
 
 
 def test_policies_are_known_by_what_they_can_do() -> None:
-    assert isinstance(Listed(torch.ones(1, 1)), KeepPolicy) and not isinstance(nn.Linear(1, 1), KeepPolicy)
+    soft = SoftBottleneckPolicy(8, (0,), 4, 1, tape=Tape())
+    assert isinstance(soft, KeepPolicy) and not isinstance(nn.Linear(1, 1), KeepPolicy)
+    assert not isinstance(Listed(torch.ones(1, 1)), KeepPolicy), "it hides tokens, and cannot remove them"
 
 
 def test_heads_find_the_first_token_of_texts_that_are_padded_on_the_left(classifier) -> None:
