@@ -20,6 +20,7 @@ from lightning_compress.plan import CompressionPlan
 from lightning_compress.runtime import pack, packed_encoder
 from tests.conformance.cases import CASES, Case
 from tests.toys import ToyModule, ToyTexts, tiny_bert, toy_loader, toy_trainer
+from tests.toys_training import training_steps
 
 pytestmark = pytest.mark.parametrize("stem", list(METHODS))
 
@@ -71,18 +72,8 @@ def trained(*cases: Case, steps: int = 10) -> Compressor:
     """A compressor whose model went through a short training, ready to convert."""
     compressor = Compressor(tiny_bert(), [case.compressing for case in cases])
     compressor.prepare()
-    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=1e-3)
-    compressor.model.train()
-    for step in range(steps):
-        compressor.update(step / steps)
-        compressor.begin_step()
-        task_loss = compressor.task_weight * compressor.model(**batch()).loss
-        loss = task_loss + sum(compressor.take_loss_terms().values())
-        loss.backward()
-        compressor.step(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-    compressor.model.eval()
+    for loss in training_steps(compressor, lambda _: batch(), steps):
+        assert loss.isfinite()
     return compressor
 
 

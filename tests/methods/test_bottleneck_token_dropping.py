@@ -9,14 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    ElectraConfig,
-    ElectraForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, load, save_pretrained
@@ -32,11 +24,10 @@ from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from lightning_compress.runtime import packed_encoder
 from lightning_compress.runtime.dial import set_threshold_scale
 from tests.toys import tiny_bert
+from tests.toys_contribution import FAMILIES, classifier
+from tests.toys_training import training_steps
 
 STEM = "bottleneck_token_dropping"
-SIZES = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_BERT_LIKE = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-_BERT_LIKE |= {"num_attention_heads": 4, "max_position_embeddings": 20}
 
 
 def texts(seed: int = 0, size: int = 8, width: int = 9) -> dict[str, Tensor]:
@@ -63,20 +54,7 @@ def let_some_leave(handle: Any, width: float = 60.0) -> None:
 
 def train(compressor: Compressor, steps: int) -> list[dict[str, float]]:
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=1e-3)
-    compressor.model.train()
-    seen = []
-    for step in range(steps):
-        compressor.update(step / steps)
-        compressor.begin_step()
-        loss = compressor.model(**texts(step)).loss + sum(compressor.take_loss_terms().values())
-        loss.backward()
-        compressor.step(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(compressor.metrics())
-    compressor.model.eval()
-    return seen
+    return [compressor.metrics() for _ in training_steps(compressor, texts, steps)]
 
 
 def logits(model: Any, **inputs: Tensor) -> Tensor:
@@ -248,20 +226,9 @@ def test_a_step_that_is_done_again_moves_nothing() -> None:
 # deployment
 
 
-def small_models() -> list[nn.Module]:
-    torch.manual_seed(0)
-    distil = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 20}
-    return [
-        tiny_bert(),
-        RobertaForSequenceClassification(RobertaConfig(**_BERT_LIKE)),
-        DistilBertForSequenceClassification(DistilBertConfig(**SIZES, **distil)),
-        ElectraForSequenceClassification(ElectraConfig(**_BERT_LIKE, embedding_size=16)),
-    ]
-
-
-@pytest.mark.parametrize("family", range(4))
-def test_every_family_is_deployed_as_it_was_evaluated_in_batches_and_alone(family: int) -> None:
-    compressor, handle = prepared(small_models()[family], protect_tokens=[7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_deployed_as_it_was_evaluated_in_batches_and_alone(family: str) -> None:
+    compressor, handle = prepared(classifier(family, initializer_range=0.02), protect_tokens=[7])
     let_some_leave(handle)
     before = logits(compressor.model)
     compressor.convert()

@@ -24,6 +24,7 @@ from lightning_compress.runtime import is_packed, pack, packed_encoder
 from lightning_compress.runtime.exit_dial import choose_exit_threshold, set_exit_threshold
 from tests.toys import tiny_bert
 from tests.toys_dropping import ragged_batch
+from tests.toys_training import training_steps
 
 STEM = "multi_exit"
 LENGTHS = [9, 1, 5, 12, 3, 5, 7, 2]
@@ -65,21 +66,9 @@ def let_some_leave(model: Any) -> None:
 
 def train(compressor: Compressor, steps: int = 8) -> list[float]:
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(compressor.trainable_parameters(), lr=2e-3)
-    compressor.model.train()
-    losses = []
-    for step in range(steps):
-        compressor.update(step / steps)
-        compressor.begin_step()
-        task = compressor.model(**ragged_batch(LENGTHS)).loss
-        loss = task + sum(compressor.take_loss_terms().values())
-        loss.backward()
-        compressor.step(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    compressor.model.eval()
-    return losses
+    return [
+        float(loss) for loss in training_steps(compressor, lambda _: ragged_batch(LENGTHS), steps, lr=2e-3)
+    ]
 
 
 @torch.no_grad()
