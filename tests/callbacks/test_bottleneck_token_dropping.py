@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress import load, save_pretrained, set_threshold_scale
 from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping, SoftThresholdRank
 from lightning_compress.runtime import is_packed, packed_encoder
 from lightning_compress.runtime.dial import threshold_scale
-from tests.callbacks.test_contribution_token_dropping import (
-    InterruptedByTestError,
-    Interrupts,
-    Scheduled,
-    Texts,
-    Watch,
-)
-from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, toy_loader, toy_trainer
+from tests.toys_runs import (
+    DROPOUT,
+    Scheduled,
+    Watch,
+    differences,
+    every_step,
+    interrupted_and_resumed,
+    resumptions,
+    run_to_the_end,
+)
 
 STEM = "bottleneck_token_dropping"
 PREFIX = f"compress/{STEM}"
@@ -90,21 +90,9 @@ def test_low_rank_and_dropped_tokens_are_two_callbacks_in_any_order() -> None:
 def run(
     callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
 ) -> dict[str, Any]:
-    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
-    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    random.seed(seed)
-    torch.manual_seed(seed)
+    """Fit with dropout; return what must be equal at the end."""
     method = BottleneckTokenDropping(**{**SETTINGS, "convert": False, **settings})
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
-    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
-    compressor = module.__dict__["_compression"].compressor
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "compression": compressor.state_dict(),
-        "phase": compressor.handles[STEM].phase,
-    }
+    return run_to_the_end(Scheduled(**DROPOUT), [method, *callbacks], ckpt_path=ckpt_path, seed=seed)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -117,13 +105,10 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
     variant: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = run([every_step(tmp_path)], **variant)
-    assert whole["phase"] == "recovery"
+    assert whole["phases"][STEM] == "recovery"
     phases = []
-    for step in (1, 3, 5, 7, 10):
-        path = tmp_path / f"step={step}.ckpt"
-        saved = torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]
+    for step, saved, resumed in resumptions(run, (1, 3, 5, 7, 10), tmp_path, STEM, **variant):
         phases.append(saved["phase"])
-        resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) == {"warmup", "search", "recovery"}
 
@@ -133,10 +118,5 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
 def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp_path: Path) -> None:
     whole = run([])
     for step in (3, 5, 9):
-        saves = ModelCheckpoint(
-            tmp_path, filename=f"at{step}", save_on_exception=True, every_n_train_steps=1000
-        )
-        with pytest.raises(InterruptedByTestError):
-            run([Interrupts(step, hook), saves])
-        resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99)
+        resumed = interrupted_and_resumed(run, step, hook, tmp_path)
         assert differences(whole, resumed) == [], f"stopped in step {step}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_compress import load, save_pretrained
@@ -22,25 +19,27 @@ from lightning_compress.callbacks import (
     convert,
 )
 from lightning_compress.compressor import Compressor
-from lightning_compress.data.resumable import ResumableDataLoader, ResumableDataModule
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.runtime import is_packed, packed_encoder
-from tests.callbacks.test_resume import EpochShuffle, differences, every_step
 from tests.toys import ToyModule, ToyTexts, tiny_bert, toy_loader, toy_trainer
+from tests.toys_runs import (
+    DROPOUT,
+    Mixed,
+    SameOnAllRanks,
+    Scheduled,
+    Watch,
+    differences,
+    every_step,
+    ignore_warnings_of_processes,
+    interrupted_and_resumed,
+    resumptions,
+    run_to_the_end,
+    two_processes,
+)
 
 PREFIX = "compress/contribution_token_dropping"
 STEM = "contribution_token_dropping"
 SETTINGS: dict[str, Any] = {"target_tokens": 0.6, "warmup": 0.25, "ramp_end": 0.6, "threshold_init": 0.9}
-
-
-class Watch(Callback):
-    """Keeps what is logged at each step."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def handle_of(module: LightningModule) -> Any:
@@ -77,39 +76,12 @@ def test_each_text_is_explained_once_however_often_it_is_seen(monkeypatch: pytes
     assert sum(explained) == 16
 
 
-class Scheduled(ToyModule):
-    """Draws random numbers beside dropout."""
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch, batch_idx) * (1.0 + 0.1 * random.random())
-
-
-class Texts(ResumableDataModule):
-    def train_dataloader(self) -> DataLoader:
-        return self.make_resumable(ResumableDataLoader(ToyTexts(16), batch_size=4, sampler=EpochShuffle(16)))
-
-    def val_dataloader(self) -> Any:
-        return toy_loader(8)
-
-
 def run(
     callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
 ) -> dict[str, Any]:
-    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
-    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    random.seed(seed)
-    torch.manual_seed(seed)
+    """Fit with dropout; return what must be equal at the end."""
     method = ContributionTokenDropping(**{**SETTINGS, "convert": False, **settings})
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
-    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
-    compressor = module.__dict__["_compression"].compressor
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "compression": compressor.state_dict(),
-        "phase": compressor.handles[STEM].phase,
-    }
+    return run_to_the_end(Scheduled(**DROPOUT), [method, *callbacks], ckpt_path=ckpt_path, seed=seed)
 
 
 VARIANTS = {
@@ -124,30 +96,12 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
     variant: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = run([every_step(tmp_path)], **variant)
-    assert whole["phase"] == "recovery"
+    assert whole["phases"][STEM] == "recovery"
     phases = []
-    for step in (1, 4, 5, 7, 10):
-        path = tmp_path / f"step={step}.ckpt"
-        saved = torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]
+    for step, saved, resumed in resumptions(run, (1, 4, 5, 7, 10), tmp_path, STEM, **variant):
         phases.append(saved["phase"])
-        resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) >= {"ramp", "recovery"}
-
-
-class InterruptedByTestError(RuntimeError): ...
-
-
-class Interrupts(Callback):
-    """Stops the run at a hook of the batch that follows ``step`` steps."""
-
-    def __init__(self, step: int, hook: str) -> None:
-        self.step = step
-        setattr(self, hook, self._stop)
-
-    def _stop(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise InterruptedByTestError
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -155,12 +109,7 @@ class Interrupts(Callback):
 def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp_path: Path) -> None:
     whole = run([])
     for step in (3, 5, 9):
-        saves = ModelCheckpoint(
-            tmp_path, filename=f"at{step}", save_on_exception=True, every_n_train_steps=1000
-        )
-        with pytest.raises(InterruptedByTestError):
-            run([Interrupts(step, hook), saves])
-        resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99)
+        resumed = interrupted_and_resumed(run, step, hook, tmp_path)
         assert differences(whole, resumed) == [], f"stopped in step {step}"
 
 
@@ -174,17 +123,17 @@ def test_a_given_teacher_has_to_be_given_again_when_a_run_is_resumed(tmp_path: P
         run([], ckpt_path=path, teacher="module", warmup=0.0)
 
 
-class Mixed(CompressionMixin, ToyModule):
+class Loadable(CompressionMixin, ToyModule):
     """A module that can be loaded without callbacks."""
 
 
 def test_a_checkpoint_opens_without_the_teacher_and_can_be_converted(tmp_path: Path) -> None:
     method = ContributionTokenDropping(**SETTINGS, teacher_model=tiny_bert(seed=7), convert=False)
     trainer = toy_trainer(callbacks=[method], max_steps=8)
-    module = Mixed()
+    module = Loadable()
     trainer.fit(module, toy_loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = Mixed.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    again = Loadable.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     batch = next(iter(toy_loader()))
     with torch.no_grad():
         expected = module.model.eval()(**batch).logits
@@ -334,52 +283,23 @@ def test_a_deployed_model_is_fine_tuned_further_without_callbacks(tmp_path: Path
     assert not any(".policy." in name for name in moved)
 
 
-class OnRanks(CompressionMixin, ToyModule):
-    """Ranks see different batches."""
+class Alike(SameOnAllRanks):
+    """Compares the steering too."""
+
+    def state_of(self, handle: Any) -> tuple[Any, ...]:
+        return *super().state_of(handle), handle.goal.totals, handle.multiplier
 
 
-class SameOnAllRanks(Callback):
-    """Compares weights and steering across ranks after each batch."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        handle = handle_of(pl_module)
-        state = {name: value.double().sum().item() for name, value in pl_module.state_dict().items()}
-        values: list[Any] = [None] * 2
-        torch.distributed.all_gather_object(
-            values, (state, handle.goal.totals, handle.multiplier, handle.phase)
-        )
-        assert values[0] == values[1]
-
-
-DDP_WARNINGS = [
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:It is recommended to use .* when logging on epoch level in distributed"
-    ),
-]
-
-
-def with_marks(function: Any) -> Any:
-    for mark in DDP_WARNINGS:
-        function = mark(function)
-    return function
-
-
-def two_processes(**settings: Any) -> Trainer:
-    strategy = DDPStrategy(start_method="fork", find_unused_parameters=False, process_group_backend="gloo")
-    return toy_trainer(strategy=strategy, devices=2, **settings)
-
-
-@with_marks
+@ignore_warnings_of_processes
 @pytest.mark.parametrize("settings", [{}, {"layers": (0,), "saliency_to_encoder": True}], ids=str)
 def test_ranks_stay_equal_and_no_parameter_is_waited_for(settings: dict[str, Any]) -> None:
-    module = OnRanks()
+    module = Mixed()
     method = ContributionTokenDropping(**SETTINGS, **settings)
-    two_processes(callbacks=[method, SameOnAllRanks()], max_steps=12).fit(module, toy_loader(64))
+    two_processes(callbacks=[method, Alike()], max_steps=12).fit(module, toy_loader(64))
     assert is_packed(module)
 
 
-@with_marks
+@ignore_warnings_of_processes
 def test_a_deployed_model_is_fine_tuned_further_by_two_processes(tmp_path: Path) -> None:
     module = ToyModule()
     toy_trainer(callbacks=[ContributionTokenDropping(**SETTINGS)], max_steps=12).fit(module, toy_loader())

@@ -7,71 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_compress import load, plan_of, save_pretrained
-from lightning_compress.callbacks import CompressionMixin, SoftThresholdRank, convert
+from lightning_compress.callbacks import SoftThresholdRank, convert
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
-from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
+from tests.toys import ToyModule, tiny_bert, toy_loader
+from tests.toys_runs import Mixed, SameOnAllRanks, every_step, ignore_warnings_of_processes, two_processes
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:It is recommended to use .* when logging on epoch level in distributed"
-    ),
-]
+pytestmark = ignore_warnings_of_processes
 
 
-class Mixed(CompressionMixin, ToyModule):
-    """Ranks see different batches and start from different random states."""
+class Alike(SameOnAllRanks):
+    """Compares the private learning rate too."""
 
-    def on_train_start(self) -> None:
-        torch.manual_seed(self.global_rank)
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
-        self.seen = batch["input_ids"].tolist()
-        return super().training_step(batch, batch_idx)
-
-
-class SameOnAllRanks(Callback):
-    """Compares weights and the state of compression across ranks, after each batch and at the end."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        mine, others = _gathered(pl_module.seen)
-        assert mine != others
-        self.compare(pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.compare(pl_module)
-
-    def compare(self, module: LightningModule) -> None:
-        compressor = module.__dict__["_compression"].compressor
-        state = {name: tensor.double().sum().item() for name, tensor in module.state_dict().items()}
-        handles = {stem: (h.phase, h.progress, h.auxiliary_lr) for stem, h in compressor.handles.items()}
-        one, other = _gathered((state, handles, compressor.plan.to_dict()))
-        assert one == other
-
-
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def two_processes(
-    find_unused_parameters: bool = False, start_method: str = "fork", **settings: Any
-) -> Trainer:
-    strategy = DDPStrategy(
-        start_method=start_method,
-        find_unused_parameters=find_unused_parameters,
-        process_group_backend="gloo",
-    )
-    return toy_trainer(strategy=strategy, devices=2, **settings)
+    def state_of(self, handle: Any) -> tuple[Any, ...]:
+        return *super().state_of(handle), handle.auxiliary_lr
 
 
 def ranks(**settings: Any) -> SoftThresholdRank:
@@ -83,7 +35,7 @@ def test_ranks_stay_equal_and_the_caller_holds_the_converted_model(
     find_unused_parameters: bool, tmp_path: Path
 ) -> None:
     module = Mixed(hidden_dropout_prob=0.1)
-    trainer = two_processes(find_unused_parameters, callbacks=[ranks(), SameOnAllRanks()])
+    trainer = two_processes(find_unused_parameters, callbacks=[ranks(), Alike()])
     trainer.fit(module, toy_loader(64))
     assert any(isinstance(m, LowRankLinear) for m in module.modules())
     assert count_parameters(module.model).linear <= 0.5 * count_parameters(tiny_bert()).linear
@@ -110,7 +62,7 @@ class ManualMixed(Mixed):
 
 def test_ranks_stay_equal_under_manual_optimization() -> None:
     module = ManualMixed()
-    two_processes(callbacks=[ranks(convert=False), SameOnAllRanks()]).fit(module, toy_loader(64))
+    two_processes(callbacks=[ranks(convert=False), Alike()]).fit(module, toy_loader(64))
     layers = [m for m in module.modules() if isinstance(m, SoftThresholdLinear)]
     assert layers and all(float(layer.alpha.detach()) > 0 for layer in layers)
 
@@ -127,10 +79,11 @@ def test_the_caller_gets_the_training_form_back_too(start_method: str) -> None:
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_ranks_stay_equal_after_resuming(tmp_path: Path) -> None:
-    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    two_processes(callbacks=[ranks(), saves], enable_checkpointing=True).fit(Mixed(), toy_loader(64))
+    two_processes(callbacks=[ranks(), every_step(tmp_path)], enable_checkpointing=True).fit(
+        Mixed(), toy_loader(64)
+    )
     module = Mixed(hidden_dropout_prob=0.1)
-    trainer = two_processes(callbacks=[ranks(), SameOnAllRanks()])
+    trainer = two_processes(callbacks=[ranks(), Alike()])
     trainer.fit(module, toy_loader(64), ckpt_path=tmp_path / "step=2.ckpt")
     assert any(isinstance(m, LowRankLinear) for m in module.modules())
 

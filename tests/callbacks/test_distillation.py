@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_compress import DistillationLossMixin, load, plan_of, save_pretrained
@@ -25,16 +23,18 @@ from lightning_compress.callbacks import (
 from lightning_compress.callbacks.base import CompressionMixin
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_parameters
-from tests.callbacks.test_contribution_token_dropping import (
-    InterruptedByTestError,
-    Interrupts,
-    Scheduled,
-    Texts,
-    Watch,
-)
-from tests.callbacks.test_ddp import two_processes
-from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
+from tests.toys_runs import (
+    DROPOUT,
+    Scheduled,
+    Watch,
+    differences,
+    every_step,
+    interrupted_and_resumed,
+    resumptions,
+    run_to_the_end,
+    two_processes,
+)
 
 STEM = "distillation"
 PREFIX = f"compress/{STEM}"
@@ -235,21 +235,9 @@ def run(
     beside: Sequence[Callback] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
-    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    random.seed(seed)
-    torch.manual_seed(seed)
-    callbacks = [Distillation(**{**SETTINGS, "convert": False, **settings}), *beside, *callbacks]
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=saves)
-    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
-    compressor = module.__dict__["_compression"].compressor
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "compression": compressor.state_dict(),
-        "phase": compressor.handles[STEM].phase,
-    }
+    """Fit with dropout; return what must be equal at the end."""
+    parts = [Distillation(**{**SETTINGS, "convert": False, **settings}), *beside, *callbacks]
+    return run_to_the_end(Scheduled(**DROPOUT), parts, ckpt_path=ckpt_path, seed=seed)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -258,13 +246,10 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(teacher: str, t
     variant = {} if teacher == "self" else {"teacher_model": tiny_bert(seed=5)}
     whole = run([every_step(tmp_path)], **variant)
     phases = []
-    for step in (1, 3, 4, 6, 8, 11):
-        path = tmp_path / f"step={step}.ckpt"
-        saved = torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]
+    for step, saved, resumed in resumptions(run, (1, 3, 4, 6, 8, 11), tmp_path, STEM, **variant):
         phases.append(saved["phase"])
         has_weights = saved["teacher"]["weights"] is not None
         assert has_weights == (teacher == "self" and saved["phase"] != "waiting")
-        resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) == {"waiting", "hidden", "joint"}
 
@@ -274,12 +259,7 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(teacher: str, t
 def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp_path: Path) -> None:
     whole = run([])
     for step in (3, 5):
-        saves = ModelCheckpoint(
-            tmp_path, filename=f"at{step}", save_on_exception=True, every_n_train_steps=1000
-        )
-        with pytest.raises(InterruptedByTestError):
-            run([Interrupts(step, hook), saves])
-        resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99)
+        resumed = interrupted_and_resumed(run, step, hook, tmp_path)
         assert differences(whole, resumed) == [], f"stopped in step {step}"
 
 

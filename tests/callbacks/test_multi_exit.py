@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,18 @@ from lightning_compress.callbacks import (
     convert,
 )
 from lightning_compress.runtime import is_packed, packed_encoder
-from tests.callbacks.test_contribution_token_dropping import (
-    InterruptedByTestError,
-    Interrupts,
-    Scheduled,
-    Texts,
-    Watch,
-)
-from tests.callbacks.test_ddp import two_processes
-from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, toy_loader, toy_trainer
+from tests.toys_runs import (
+    DROPOUT,
+    Scheduled,
+    Watch,
+    differences,
+    every_step,
+    interrupted_and_resumed,
+    resumptions,
+    run_to_the_end,
+    two_processes,
+)
 
 STEM = "multi_exit"
 PREFIX = f"compress/{STEM}"
@@ -193,34 +194,18 @@ def test_two_processes_train_all_exits_and_agree_on_the_threshold() -> None:
     assert 0.0 < float(module.model.exit_rule.threshold) < 1.0  # type: ignore[union-attr]
 
 
-def run(
-    callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
-) -> dict[str, Any]:
-    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
-    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, **DEEP)
-    random.seed(seed)
-    torch.manual_seed(seed)
-    method = MultiExit(**{"warmup": 0.4, "rule": "learned", "threshold": 0.5, "convert": False, **settings})
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
-    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "compression": module.__dict__["_compression"].compressor.state_dict(),
-    }
+def run(callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """Fit with dropout; return what must be equal at the end."""
+    method = MultiExit(warmup=0.4, rule="learned", threshold=0.5, convert=False)
+    return run_to_the_end(Scheduled(**DROPOUT, **DEEP), [method, *callbacks], ckpt_path=ckpt_path, seed=seed)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_run_killed_after_any_step_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = run([every_step(tmp_path)])
     phases = []
-    for step in (1, 4, 5, 9):
-        path = tmp_path / f"step={step}.ckpt"
-        phases.append(
-            torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]["phase"]
-        )
-        resumed = run([], ckpt_path=path, seed=1000 + step)
+    for step, saved, resumed in resumptions(run, (1, 4, 5, 9), tmp_path, STEM):
+        phases.append(saved["phase"])
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) == {"warmup", "joint"}
 
@@ -229,10 +214,7 @@ def test_a_run_killed_after_any_step_ends_as_the_uninterrupted_one(tmp_path: Pat
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
 def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp_path: Path) -> None:
     whole = run([])
-    saves = ModelCheckpoint(tmp_path, filename="at5", save_on_exception=True, every_n_train_steps=1000)
-    with pytest.raises(InterruptedByTestError):
-        run([Interrupts(5, hook), saves])
-    assert differences(whole, run([], ckpt_path=tmp_path / "at5.ckpt", seed=99)) == []
+    assert differences(whole, interrupted_and_resumed(run, 5, hook, tmp_path)) == []
 
 
 def test_a_checkpoint_of_a_converted_model_opens_in_a_plain_module(tmp_path: Path) -> None:

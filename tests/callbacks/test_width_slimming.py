@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 
 from lightning_compress import load, save_pretrained
@@ -23,16 +21,21 @@ from lightning_compress.nn.flops import count_parameters
 from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.width_slimming import WidthGates
 from lightning_compress.runtime import pack, packed_encoder
-from tests.callbacks.test_contribution_token_dropping import (
-    InterruptedByTestError,
-    Interrupts,
-    Scheduled,
-    Texts,
-    Watch,
-)
-from tests.callbacks.test_ddp import Mixed, SameOnAllRanks, _gathered, two_processes
-from tests.callbacks.test_resume import differences, every_step
 from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
+from tests.toys_runs import (
+    DROPOUT,
+    Mixed,
+    SameOnAllRanks,
+    Scheduled,
+    Watch,
+    differences,
+    every_step,
+    ignore_warnings_of_processes,
+    interrupted_and_resumed,
+    resumptions,
+    run_to_the_end,
+    two_processes,
+)
 
 STEM = "width_slimming"
 PREFIX = f"compress/{STEM}"
@@ -192,21 +195,9 @@ def test_slimming_shows_in_the_shapes_that_a_packed_encoder_runs() -> None:
 def run(
     callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
 ) -> dict[str, Any]:
-    """Fit for three shuffled epochs of four steps, with dropout; return what must be equal at the end."""
-    module = Scheduled(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    random.seed(seed)
-    torch.manual_seed(seed)
+    """Fit with dropout; return what must be equal at the end."""
     method = WidthSlimming(**{"target_params": 0.5, "convert": False, **settings})
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = toy_trainer(max_epochs=3, callbacks=[method, *callbacks], enable_checkpointing=saves)
-    trainer.fit(module, datamodule=Texts(), ckpt_path=ckpt_path)
-    compressor = module.__dict__["_compression"].compressor
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "compression": compressor.state_dict(),
-        "phase": compressor.handles[STEM].phase,
-    }
+    return run_to_the_end(Scheduled(**DROPOUT), [method, *callbacks], ckpt_path=ckpt_path, seed=seed)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -222,13 +213,10 @@ def test_a_run_killed_in_any_phase_ends_as_the_uninterrupted_one(
     variant: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = run([every_step(tmp_path)], **variant)
-    assert whole["phase"] == "recovery"
+    assert whole["phases"][STEM] == "recovery"
     phases = []
-    for step in (1, 3, 5, 7, 10):
-        path = tmp_path / f"step={step}.ckpt"
-        saved = torch.load(path, weights_only=True)["lightning_compress"]["state"]["handles"][STEM]
+    for step, saved, resumed in resumptions(run, (1, 3, 5, 7, 10), tmp_path, STEM, **variant):
         phases.append(saved["phase"])
-        resumed = run([], ckpt_path=path, seed=1000 + step, **variant)
         assert differences(whole, resumed) == [], f"resumed after step {step}"
     assert set(phases) == {"warmup", "slimming", "recovery"}
 
@@ -239,28 +227,18 @@ def test_an_exception_in_mid_batch_leaves_no_trace_after_resuming(hook: str, tmp
     variant = VARIANTS["separate pass"]
     whole = run([], **variant)
     for step in (3, 5):
-        saves = ModelCheckpoint(
-            tmp_path, filename=f"at{step}", save_on_exception=True, every_n_train_steps=1000
-        )
-        with pytest.raises(InterruptedByTestError):
-            run([Interrupts(step, hook), saves], **variant)
-        resumed = run([], ckpt_path=tmp_path / f"at{step}.ckpt", seed=99, **variant)
+        resumed = interrupted_and_resumed(run, step, hook, tmp_path, **variant)
         assert differences(whole, resumed) == [], f"stopped in step {step}"
 
 
 class Alike(SameOnAllRanks):
-    """Compares weights, gates among them, and what was gathered."""
+    """Compares what was gathered too."""
 
-    def compare(self, module: Any) -> None:
-        compressor = module.__dict__["_compression"].compressor
-        sums = {name: tensor.double().sum().item() for name, tensor in module.state_dict().items()}
-        counts = [handle.counts for handle in compressor.handles.values()]
-        one, other = _gathered((sums, counts, compressor.plan.to_dict()))
-        assert one == other
+    def state_of(self, handle: Any) -> tuple[Any, ...]:
+        return *super().state_of(handle), handle.counts
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:It is recommended to use .* when logging on epoch level in distributed")
+@ignore_warnings_of_processes
 @pytest.mark.parametrize("settings", [{"scope": "total"}, {"calibration_batches": 2}, {"criterion": "l0"}])
 def test_two_processes_prune_alike(settings: dict[str, Any]) -> None:
     module = Mixed(hidden_dropout_prob=0.1)
