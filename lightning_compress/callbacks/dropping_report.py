@@ -25,6 +25,7 @@ from lightning_compress.nn.tape import Tape, TokensKept
 from lightning_compress.report import DialRecord, DroppingRecord, TokenText
 from lightning_compress.runtime import PackedEncoder, packed_encoder
 from lightning_compress.runtime.dial import sweep_threshold_scale
+from lightning_compress.runtime.trial import is_regression
 
 __all__ = ["DroppingMeasurement", "SeenBatches", "dropping_handle", "dropping_in_step", "measure_dropping"]
 
@@ -135,7 +136,7 @@ def measure_dropping(
         layers=tuple((kept_BL.sum(dim=0) / lengths_B.sum()).tolist()),
         texts=_texts(model, passes, tokenizer),
         scale=_scale_of(encoder) or 1.0,
-        metric="correlation" if _is_regression(model) else "accuracy",
+        metric="correlation" if is_regression(model) else "accuracy",
         curve=_curve(model, encoder, batches, float(whole_flops) / dense_flops),
     )
     flops = float(DroppingCosts.of(model).flops(kept_BL, lengths_B).mean())
@@ -190,7 +191,7 @@ def _texts(model: nn.Module, passes: Sequence[_Pass], tokenizer: Any) -> tuple[T
 def _text(model: nn.Module, seen: _Pass, row: int, tokenizer: Any) -> TokenText:
     real_T = seen.real_BT[row]
     label = None if seen.labels_B is None or seen.labels_B[row].numel() != 1 else seen.labels_B[row].item()
-    if _is_regression(model):
+    if is_regression(model):
         words = [
             None if value is None else f"{value:.3g}" for value in (label, seen.logits_BC[row, 0].item())
         ]
@@ -274,10 +275,6 @@ def _lengths(batch: Any) -> Tensor | None:
 def _scale_of(encoder: PackedEncoder) -> float | None:
     scale = getattr(encoder.policy, "scale", None)
     return float(scale) if isinstance(scale, Tensor) else None
-
-
-def _is_regression(model: Any) -> bool:
-    return model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from lightning_compress.nn.kept_flops import DroppingCosts
 from lightning_compress.report import ExitPointRecord, ExitsRecord
 from lightning_compress.runtime import packed_encoder
 from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
+from lightning_compress.runtime.trial import is_regression
 
 __all__ = ["ExitMeasurement", "has_exits", "measure_exits"]
 
@@ -67,7 +68,7 @@ def measure_exits(
         asked=deployed.exits,
         rule=rule.name,
         threshold=_told(deployed, rule.off),
-        metric="correlation" if _is_regression(model) else "accuracy",
+        metric="correlation" if is_regression(model) else "accuracy",
         curve=tuple(
             _drawn(point, point.score, share, rule.off) for point in points if point.score is not None
         ),
@@ -87,7 +88,3 @@ def _drawn(point: ExitPoint, score: float, share: float, off: float) -> ExitPoin
 
 def _told(point: ExitPoint, off: float) -> float | None:
     return None if point.threshold == off else point.threshold
-
-
-def _is_regression(model: Any) -> bool:
-    return model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"

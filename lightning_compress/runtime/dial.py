@@ -13,7 +13,15 @@ from typing import cast
 import torch
 from torch import nn
 
-from lightning_compress.runtime.trial import Batch, DialPoint, Score, Trial, dropping_encoder, scale_of
+from lightning_compress.runtime.trial import (
+    Batch,
+    DialPoint,
+    Score,
+    Trial,
+    dropping_encoder,
+    scale_of,
+    score_of,
+)
 
 __all__ = [
     "DialPoint",
@@ -147,18 +155,13 @@ def _check_scale(scale: float) -> None:
 def _fastest_within(trial: Trial, max_drop: float) -> DialPoint:
     """Bisect the exponent of the scale, and take the best of all that was measured: scores need not fall steadily."""
     points = [trial.at(0.0)]
-    least = _score(points[0]) - max_drop - _NEGLIGIBLE
+    least = score_of(points[0]) - max_drop - _NEGLIGIBLE
     low, high = _OCTAVES
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         points.append(trial.at(2.0**middle))
-        low, high = (middle, high) if _score(points[-1]) >= least else (low, middle)
-    return min((point for point in points if _score(point) >= least), key=_cost)
-
-
-def _score(point: DialPoint) -> float:
-    assert point.score is not None, "batches have labels where scores are compared"
-    return point.score
+        low, high = (middle, high) if score_of(points[-1]) >= least else (low, middle)
+    return min((point for point in points if score_of(point) >= least), key=_cost)
 
 
 def _cost(point: DialPoint) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.nn.exit_policy import ExitRule
 from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
 from lightning_compress.runtime.packing import packed_encoder
-from lightning_compress.runtime.trial import Batch, Score
+from lightning_compress.runtime.trial import Batch, Score, score_of
 
 __all__ = [
     "MIN_SHARE",
@@ -223,13 +223,8 @@ def _without_rare(trial: ExitTrial, chosen: ExitPoint, find: _Find, min_share: f
 def _fastest_within(trial: ExitTrial, max_drop: float, asked: tuple[int, ...]) -> ExitPoint:
     """Take the best of all thresholds that are tried: scores need not fall steadily."""
     points = [trial.at(threshold, asked) for threshold in trial.thresholds(asked, _TRIED)]
-    least = _score(points[0]) - max_drop - _NEGLIGIBLE
-    return min((point for point in points if _score(point) >= least), key=lambda point: point.flops_ratio)
-
-
-def _score(point: ExitPoint) -> float:
-    assert point.score is not None, "batches have labels where scores are compared"
-    return point.score
+    least = score_of(points[0]) - max_drop - _NEGLIGIBLE
+    return min((point for point in points if score_of(point) >= least), key=lambda point: point.flops_ratio)
 
 
 def _slowest_below(trial: ExitTrial, target: float, asked: tuple[int, ...]) -> ExitPoint | None:

@@ -25,14 +25,17 @@ __all__ = [
     "DialPoint",
     "ScaledPolicy",
     "Score",
+    "ScoredPoint",
     "Trial",
     "check_batch",
     "default_score",
     "dropping_encoder",
     "inputs_of",
+    "is_regression",
     "kept_counts",
     "lengths_of",
     "scale_of",
+    "score_of",
 ]
 
 Batch = Mapping[str, Any]
@@ -61,6 +64,21 @@ class DialPoint:
     unpadded tokens, with the last layer counted for all kept tokens, as the paper does."""
     tokens_kept_L: tuple[float, ...]
     """Share of all tokens that enters each layer's attention."""
+
+
+class ScoredPoint(Protocol):
+    """What one setting of any dial gives."""
+
+    @property
+    def score(self) -> float | None:
+        """Larger is better; None where nothing was scored."""
+        ...
+
+
+def score_of(point: ScoredPoint) -> float:
+    """Return the score of a point that was measured with labels."""
+    assert point.score is not None, "batches have labels where scores are compared"
+    return point.score
 
 
 def dropping_encoder(model: nn.Module) -> PackedEncoder:
@@ -202,10 +220,12 @@ def default_score(model: Any) -> Score:
     """
     if getattr(model.config, "problem_type", None) == "multi_label_classification":
         raise ValueError("the model gives several labels at once: say what to measure with score=function")
-    is_regression = (
-        model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"
-    )
-    return _correlation if is_regression else _accuracy
+    return _correlation if is_regression(model) else _accuracy
+
+
+def is_regression(model: Any) -> bool:
+    """Whether a model answers with a number, not a class."""
+    return model.config.num_labels == 1 or getattr(model.config, "problem_type", None) == "regression"
 
 
 def _accuracy(logits_BC: Tensor, labels_B: Tensor) -> float:

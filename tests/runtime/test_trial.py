@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from lightning_compress.runtime import packed_encoder
-from lightning_compress.runtime.trial import Trial, check_batch, kept_counts
+from lightning_compress.runtime.trial import (
+    DialPoint,
+    Trial,
+    check_batch,
+    is_regression,
+    kept_counts,
+    score_of,
+)
 from tests.toys_dropping import dropping_bert, ragged_batch
 
 
@@ -29,6 +36,18 @@ def test_several_labels_at_once_need_a_score():
     model = dropping_bert(problem_type="multi_label_classification")
     with pytest.raises(ValueError, match="score=function"):
         Trial(model, [ragged_batch([3])])
+
+
+def test_a_model_of_one_output_or_so_declared_answers_with_numbers():
+    assert is_regression(dropping_bert(num_labels=1))
+    assert is_regression(dropping_bert(num_labels=2, problem_type="regression"))
+    assert not is_regression(dropping_bert(num_labels=2))
+
+
+def test_the_score_of_a_point_without_labels_is_not_asked_for():
+    assert score_of(DialPoint(1.0, 0.5, 0.7, (1.0,))) == 0.5
+    with pytest.raises(AssertionError, match="batches have labels"):
+        score_of(DialPoint(1.0, None, 0.7, (1.0,)))
 
 
 def test_a_failing_pass_leaves_the_dial_alone():
