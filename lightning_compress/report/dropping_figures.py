@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lightning_compress.report.dropping_record import DialRecord
 from lightning_compress.report.figures import mark_phases
+from lightning_compress.report.markup import short_percent
 from lightning_compress.report.record import StepRecord
 from lightning_compress.report.svg import ACCENT, INK, MUTED, SECOND, draw_svg, tidy
 
@@ -28,7 +29,7 @@ def draw_kept_by_layer(layers: Sequence[float]) -> str:
         if len(layers) <= _MOST_LABELLED_LAYERS:
             for place, share in enumerate(layers):
                 axes.annotate(
-                    _short_percent(share),
+                    short_percent(share),
                     (place, share),
                     xytext=(0, 3),
                     textcoords="offset points",
@@ -165,7 +166,3 @@ def _dial_words(point: DialRecord, is_here: bool) -> str:
     if is_here:
         return f"as deployed\n{point.score:.4g} at {point.flops_ratio:.0%}"
     return "nothing dropped" if point.scale == 0 else f"× {point.scale:.3g}"
-
-
-def _short_percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"

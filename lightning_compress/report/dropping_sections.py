@@ -3,9 +3,6 @@
 `page` puts it beside the others of `sections`.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from lightning_compress.report import dropping_figures as figures
 from lightning_compress.report.dropping_record import DroppingRecord, TokenText
 from lightning_compress.report.markup import element, escape, figure, percent, section
@@ -32,8 +29,8 @@ def tokens(record: RunRecord) -> str:
     )
     parts.append(figure(figures.draw_kept_by_layer(found.layers), bars))
     if found.curve:
-        target = _target_flops(record.target)
-        parts.append(figure(figures.draw_dial(found.metric, found.curve, found.scale, target), _dial(found)))
+        dial = figures.draw_dial(found.metric, found.curve, found.scale, record.target_flops)
+        parts.append(figure(dial, _dial(found)))
     return section("Tokens", *parts)
 
 
@@ -77,8 +74,3 @@ def _dial(found: DroppingRecord) -> str:
         f"{metric} on {found.num_texts:,} validation texts when all thresholds are multiplied by one number, "
         "without training again. FLOPs count the predictors, and every kept token of the last layer."
     )
-
-
-def _target_flops(target: Mapping[str, Any]) -> float | None:
-    value = target.get("target_flops")
-    return float(value) if isinstance(value, int | float) else None

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from lightning_compress.report.exit_record import ExitPointRecord, ExitsRecord
+from lightning_compress.report.markup import short_percent
 from lightning_compress.report.svg import ACCENT, INK, MUTED, SECOND, draw_svg, tidy
 
 __all__ = ["draw_exit_curve", "draw_exits"]
@@ -26,7 +27,7 @@ def draw_exits(found: ExitsRecord) -> str:
         axes.bar(layers, found.leaves, width=0.72, color=colors, alpha=0.85)
         for layer, share in enumerate(found.leaves):
             if is_labelled and (layer in (*found.asked, last)):
-                _above(axes, _short_percent(share), layer, share)
+                _above(axes, short_percent(share), layer, share)
         axes.axvline(found.mean_depth - 1, color=SECOND, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
         axes.annotate(
             f"mean {found.mean_depth:.2f} layers",
@@ -100,7 +101,3 @@ def _set_limits(axes: Axes, points: Sequence[ExitPointRecord]) -> None:
     room = max(0.25 * (max(scores) - min(scores)), 0.01 * max(map(abs, scores)), 1e-6)
     axes.set_ylim(min(scores) - room, max(scores) + 2.2 * room)
     axes.set_xlim(0, max(1.0, *(point.flops_ratio for point in points)) * 1.08)
-
-
-def _short_percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"

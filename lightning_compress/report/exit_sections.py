@@ -3,9 +3,6 @@
 `page` puts it beside the others of `sections`.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from lightning_compress.report import exit_figures as figures
 from lightning_compress.report.exit_record import ExitsRecord
 from lightning_compress.report.markup import element, escape, figure, percent, section, table
@@ -34,7 +31,7 @@ def exits(record: RunRecord) -> str:
     )
     parts.append(figure(figures.draw_exits(found), bars))
     if found.curve:
-        parts.append(figure(figures.draw_exit_curve(found, _target_flops(record.target)), _caption(found)))
+        parts.append(figure(figures.draw_exit_curve(found, record.target_flops), _caption(found)))
         parts.append(element("details", element("summary", "Every threshold") + _table(found)))
     return section("Exits", *parts)
 
@@ -72,8 +69,3 @@ def _table(found: ExitsRecord) -> str:
         for point in found.curve
     ]
     return table(["Threshold", found.metric[:1].upper() + found.metric[1:], "FLOPs of dense", "Layers"], rows)
-
-
-def _target_flops(target: Mapping[str, Any]) -> float | None:
-    value = target.get("target_flops")
-    return float(value) if isinstance(value, int | float) else None

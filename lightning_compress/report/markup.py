@@ -4,7 +4,19 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["count", "element", "escape", "figure", "flops", "percent", "section", "size", "table", "times"]
+__all__ = [
+    "count",
+    "element",
+    "escape",
+    "figure",
+    "flops",
+    "percent",
+    "section",
+    "short_percent",
+    "size",
+    "table",
+    "times",
+]
 
 
 def escape(value: Any) -> str:
@@ -81,6 +93,11 @@ def percent(ratio: float) -> str:
     """Return a ratio as a percentage with three figures: 0.0312 as '3.12 %', 0.5 as '50.0 %'."""
     value = 100 * ratio
     return f"{value:.2f} %" if abs(value) < 10 else f"{value:.1f} %"
+
+
+def short_percent(ratio: float) -> str:
+    """Return a ratio as a short percentage, for a narrow place: 0.031 as '3.1 %', 0.5 as '50 %'."""
+    return f"{100 * ratio:.0f} %" if ratio >= 0.095 or ratio == 0 else f"{100 * ratio:.1f} %"
 
 
 def times(ratio: float) -> str:

@@ -226,6 +226,12 @@ class RunRecord:
             warnings=[str(warning) for warning in data.get("warnings", [])],
         )
 
+    @property
+    def target_flops(self) -> float | None:
+        """Share of dense FLOPs that was asked for; None where none was."""
+        value = self.target.get("target_flops")
+        return float(value) if isinstance(value, int | float) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able data, with the schema version; numbers that are not finite become None."""
         plain = {"schema": RECORD_SCHEMA, **vars(self)} | {

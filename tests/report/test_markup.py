@@ -31,6 +31,12 @@ def test_percentages_and_factors_have_three_figures():
     assert [markup.times(ratio) for ratio in (1.4932, 12.34, 123.4)] == ["1.49×", "12.3×", "123×"]
 
 
+def test_percentages_in_narrow_places_have_two_figures():
+    shares = (0.0, 0.0004, 0.031, 0.0949, 0.095, 0.5, 1.0)
+    words = ["0 %", "0.0 %", "3.1 %", "9.5 %", "10 %", "50 %", "100 %"]
+    assert [markup.short_percent(ratio) for ratio in shares] == words
+
+
 def test_texts_and_attributes_are_escaped():
     assert markup.escape("<a href='x'>&") == "&lt;a href=&#x27;x&#x27;&gt;&amp;"
     assert markup.element("td", "1", class_='a"b') == '<td class="a&quot;b">1</td>\n'

@@ -80,6 +80,14 @@ def test_metrics_that_are_not_numbers_become_null(run: dict):
     assert json.loads(RunRecord.from_dict(run).to_json())["metrics"]["compressed"] == {"accuracy": None}
 
 
+@pytest.mark.parametrize(
+    ("target", "share"),
+    [({"target_flops": 1}, 1.0), ({"target_flops": 0.3}, 0.3), ({"target_flops": None}, None), ({}, None)],
+)
+def test_the_target_of_flops_is_a_number_or_nothing(target: dict, share: float | None):
+    assert RunRecord(model_type="bert", target=target).target_flops == share
+
+
 def test_the_share_is_rank_over_full_rank():
     assert LayerRank(96, 384, "low_rank").share == 0.25
 
