@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import json
 import math
 import os
-import subprocess
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rows import append, provenance, rows_in
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -40,7 +39,6 @@ from lightning_compress.metrics import RationaleAgreement, TokensKept
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.saliency import gradient_saliency
 from lightning_compress.nn.segments import Segments, segment_softmax
-from lightning_compress.report.machine import describe_machine, describe_versions
 from lightning_compress.runtime import PackedEncoder, packed_encoder
 
 RESULTS = Path(__file__).parent / "results" / "rationales.jsonl"
@@ -256,10 +254,6 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def _done() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def run(args: argparse.Namespace) -> None:
     """Compare one pair of models, unless the results file holds it, and append the row."""
     key = {
@@ -267,7 +261,9 @@ def run(args: argparse.Namespace) -> None:
         "dense": [args.dense.name, _digest(args.dense)],
         "dropping": [args.dropping.name, _digest(args.dropping)],
     }  # fmt: skip
-    if args.limit is None and any(all(row[name] == value for name, value in key.items()) for row in _done()):
+    if args.limit is None and any(
+        all(row[name] == value for name, value in key.items()) for row in rows_in(RESULTS)
+    ):
         return
     folder = os.environ.get("LIGHTNING_COMPRESS_DATA")
     if folder is None:
@@ -277,21 +273,14 @@ def run(args: argparse.Namespace) -> None:
     file = Path(folder) / "movies_rationales" / f"{args.part}.tsv"
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
     documents = read_documents(file, tokenizer, args.max_length)[: args.limit]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
     row = {
         **key,
         **_statistics(documents),
         **compare(dense, dropping, documents, args.batch_size, args.class_of),
-        "commit": commit.stdout.strip(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **provenance(),
     }
     if args.limit is None:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a") as results:
-            results.write(json.dumps(row) + "\n")
+        append(RESULTS, row)
     print_table([row])
 
 
@@ -341,7 +330,7 @@ def main() -> None:
     if args.command == "run":
         run(args)
     else:
-        print_table(_done())
+        print_table(rows_in(RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,38 @@
-"""What benchmarks that fine-tune encoders have in common: data sets, budgets of steps, files and rows.
+"""What benchmarks that fine-tune encoders have in common: data sets, budgets of steps, the training, kept models.
 
 Data are looked for in the folder named by LIGHTNING_COMPRESS_DATA.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from rows import provenance
 from transformers import AutoModelForSequenceClassification
 
 import lightning_compress
 from lightning_compress.data import TextClassificationData
-from lightning_compress.report.machine import describe_machine, describe_versions
+from lightning_compress.tasks import TextClassifier
 
 __all__ = [
     "LEARNING_RATE",
     "TASKS",
+    "Fit",
     "StepClock",
     "Task",
-    "append",
     "data_of",
+    "fit",
     "header",
     "load_model",
-    "rows_in",
     "save",
 ]
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,11 @@ LEARNING_RATE = 1e-4
 
 
 class StepClock(Callback):
-    """Time of each training step, of the first epoch and of later ones."""
+    """Time of each training step, and whether it belongs to the first epoch."""
 
     def __init__(self) -> None:
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self.seconds: list[float] = []
+        self.is_first_epoch: list[bool] = []
         self._start = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -75,12 +74,61 @@ class StepClock(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop it."""
-        self.seconds[trainer.current_epoch == 0].append(time.perf_counter() - self._start)
+        self.seconds.append(time.perf_counter() - self._start)
+        self.is_first_epoch.append(trainer.current_epoch == 0)
 
     def median(self, *, first_epoch: bool) -> float | None:
-        """Return the median of those steps in seconds; None if there were none."""
-        steps = self.seconds[first_epoch]
+        """Return the median of the steps of the first epoch, or of later ones, in seconds; None if there were none."""
+        pairs = zip(self.seconds, self.is_first_epoch, strict=True)
+        steps = [seconds for seconds, is_first in pairs if is_first == first_epoch]
         return round(statistics.median(steps), 4) if steps else None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished training."""
+
+    trainer: Trainer
+    module: TextClassifier
+    data: TextClassificationData
+    clock: StepClock
+    seconds: float
+
+    @property
+    def model(self) -> Any:
+        """The trained model."""
+        assert self.module.model is not None
+        return self.module.model
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a row that tell of the training."""
+        return {
+            "learning_rate": LEARNING_RATE,
+            "fit_seconds": round(self.seconds, 1),
+            "step_seconds": self.clock.median(first_epoch=True),
+            "later_step_seconds": self.clock.median(first_epoch=False),
+        }
+
+
+def fit(name: str, callbacks: Sequence[Callback], start: str, steps: int | None = None) -> Fit:
+    """Fine-tune from a model or a folder, on the processor in bf16 autocast; seed before the callbacks are made.
+
+    Args:
+        name: Data set.
+        callbacks: What compresses.
+        start: Model or folder to start from.
+        steps: Optimizer steps; None for those of the data set.
+    """
+    clock = StepClock()
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", max_steps=steps or TASKS[name].steps, gradient_clip_val=1.0,
+        callbacks=[clock, *callbacks], logger=False, enable_checkpointing=False, enable_model_summary=False,
+        num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
+    )  # fmt: skip
+    module, data = TextClassifier(start, learning_rate=LEARNING_RATE), data_of(name)
+    begun = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    return Fit(trainer, module, data, clock, seconds=time.perf_counter() - begun)
 
 
 def data_of(name: str, batch_size: int | None = None, bucket: bool = True) -> TextClassificationData:
@@ -114,33 +162,15 @@ def load_model(folder: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
 
-def header(name: str, variant: str, seed: int) -> dict[str, Any]:
-    """Return what names a row and how it came about."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
+def header(name: str, variant: str, seed: int, steps: int | None = None) -> dict[str, Any]:
+    """Return what names a row and how it came about; ``steps`` is None for those of the data set."""
     task = TASKS[name]
     return {
         "task": name,
         "variant": variant,
         "seed": seed,
-        "steps": task.steps,
+        "steps": steps or task.steps,
         "batch_size": task.batch_size,
         "max_length": task.max_length,
-        "commit": commit.stdout.strip(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **provenance(),
     }
-
-
-def rows_in(file: str) -> list[dict[str, Any]]:
-    """Return the rows of a results file."""
-    path = RESULTS / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(file: str, row: dict[str, Any]) -> None:
-    """Add a row to a results file."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / file).open("a") as stream:
-        stream.write(json.dumps(row) + "\n")

@@ -22,18 +22,28 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from recipe import LEARNING_RATE, TASKS, StepClock, append, data_of, header, load_model, rows_in, save
+from kept_tokens import run_packed, run_test_part
+from latency_rounds import (
+    Batch,
+    Runner,
+    add_options,
+    in_turns,
+    latency_rows,
+    print_latency,
+    runner,
+    timed_batches,
+)
+from lightning.pytorch import Callback, seed_everything
+from recipe import TASKS, data_of, fit, header, load_model, save
 from rich.console import Console
 from rich.table import Table
+from rows import append, rows_in, sweep_missing, train_missing
 from torch import Tensor, nn
 
 import lightning_compress
@@ -46,10 +56,8 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.data import TextClassificationData
 from lightning_compress.nn.anatomy import describe
-from lightning_compress.nn.kept_flops import DroppingCosts, LastLayer
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime import packed_encoder
-from lightning_compress.tasks import TextClassifier
 
 FOLDER = Path("runs") / "benchmarks"
 RESULTS, CURVE, LATENCY = "slender.jsonl", "slender_curve.jsonl", "slender_latency.jsonl"
@@ -123,29 +131,15 @@ def start_of(name: str, variant: str, seed: int) -> str:
 def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     """Run one training and return its row; the trained model is saved under ``runs/``."""
     seed_everything(seed)
-    clock = StepClock()
     callbacks = VARIANTS[variant](str(folder_of(name, "dense", seed)))
-    trainer = Trainer(
-        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
-        callbacks=[clock, *callbacks], logger=False, enable_checkpointing=False, enable_model_summary=False,
-        num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
-    )  # fmt: skip
-    module = TextClassifier(start_of(name, variant, seed), learning_rate=LEARNING_RATE)
-    data = data_of(name)
-    begun = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - begun
-    model = module.model
-    assert model is not None
-    save(model, data, folder_of(name, variant, seed))
+    done = fit(name, callbacks, start_of(name, variant, seed))
+    save(done.model, done.data, folder_of(name, variant, seed))
+    dense = load_model(folder_of(name, "dense", seed))
     return {
         **header(name, variant, seed),
-        "learning_rate": LEARNING_RATE,
-        "fit_seconds": round(seconds, 1),
-        "step_seconds": clock.median(first_epoch=True),
-        "later_step_seconds": clock.median(first_epoch=False),
-        **sizes(model, load_model(folder_of(name, "dense", seed))),
-        **evaluate(model, data, load_model(folder_of(name, "dense", seed))),
+        **done.fields(),
+        **sizes(done.model, dense),
+        **evaluate(done.model, done.data, dense),
     }
 
 
@@ -165,37 +159,15 @@ def _parameters(model: Any) -> dict[str, int]:
 
 def evaluate(model: Any, data: TextClassificationData, dense: Any) -> dict[str, Any]:
     """Return accuracy, FLOPs against dense, and how deep texts went, on the test part, run packed, in bf16 autocast."""
-    data.prepare_data()
-    data.setup("test")
-    model = lightning_compress.pack(model).eval()
-    encoder: Any = packed_encoder(model)
-    right, kept, lengths = 0, [], []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for batch in data.test_dataloader():
-            labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
-            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
-            lengths.append(batch["attention_mask"].sum(dim=1))
-    kept_BL, lengths_B = torch.cat(kept), torch.cat(lengths)
+    run = run_test_part(model, data)
+    is_there_BL = run.kept_BL > 0
     return {
-        "accuracy": right / len(lengths_B),
-        "texts": len(lengths_B),
-        "speedup": flops_speedup(model, dense, kept_BL, lengths_B, "all"),
-        "speedup_run": flops_speedup(model, dense, kept_BL, lengths_B, "first"),
-        "depth": round(float((kept_BL > 0).sum(dim=1).float().mean()), 3),
-        "leaves": [round(float(x), 4) for x in (kept_BL > 0).float().mean(dim=0)],
+        "accuracy": run.accuracy,
+        "texts": run.texts,
+        **run.speedups(model, dense),
+        "depth": round(float(is_there_BL.sum(dim=1).float().mean()), 3),
+        "leaves": [round(float(x), 4) for x in is_there_BL.float().mean(dim=0)],
     }
-
-
-def flops_speedup(
-    model: nn.Module, dense: nn.Module, kept_BL: Tensor, lengths_B: Tensor, last_layer: LastLayer
-) -> float:
-    """Return dense over compressed FLOPs, the ratio of totals."""
-    num_layers = len(describe(dense).layers)
-    all_BL = lengths_B[:, None].expand(-1, num_layers)
-    before = DroppingCosts.of(dense, last_layer=last_layer).flops(all_BL, lengths_B)
-    after = DroppingCosts.of(model, last_layer=last_layer).flops(kept_BL, lengths_B)
-    return round(float(before.sum() / after.sum()), 4)
 
 
 def curve(name: str, variant: str, seed: int, thresholds: list[float]) -> Iterator[dict[str, Any]]:
@@ -209,83 +181,39 @@ def curve(name: str, variant: str, seed: int, thresholds: list[float]) -> Iterat
 
 def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:
     """Run what is missing."""
-    for name in tasks:
-        for seed in seeds:
-            for variant in variants:
-                key = (name, variant, seed)
-                if any((r["task"], r["variant"], r["seed"]) == key for r in rows_in(RESULTS)):
-                    continue
-                row = train(name, variant, seed)
-                append(RESULTS, row)
-                print(
-                    f"{key}: accuracy {row['accuracy']:.4f} FLOPs {row['speedup']:.2f}x layers "
-                    f"{row['layers_smaller']:.2f}x smaller",
-                    flush=True,
-                )
+    for row in train_missing(RESULTS, tasks, variants, seeds, train):
+        print(
+            f"{(row['task'], row['variant'], row['seed'])}: accuracy {row['accuracy']:.4f} "
+            f"FLOPs {row['speedup']:.2f}x layers {row['layers_smaller']:.2f}x smaller",
+            flush=True,
+        )
 
 
 def run_curve(tasks: list[str], variants: list[str], thresholds: list[float]) -> None:
     """Evaluate what is missing."""
-    for name in tasks:
-        for variant in variants:
-            done = {(r["task"], r["variant"], r["threshold"]) for r in rows_in(CURVE)}
-            left = [value for value in thresholds if (name, variant, value) not in done]
-            for row in curve(name, variant, 0, left) if left else ():
-                append(CURVE, row)
-                print(
-                    f"{name} {variant} below {row['threshold']}: {row['accuracy']:.4f} {row['speedup']:.2f}x "
-                    f"depth {row['depth']:.2f}",
-                    flush=True,
-                )
-
-
-Runner = Callable[[list[dict[str, Tensor]]], None]
+    for row in sweep_missing(CURVE, "threshold", tasks, variants, thresholds, curve):
+        print(
+            f"{row['task']} {row['variant']} below {row['threshold']}: {row['accuracy']:.4f} "
+            f"{row['speedup']:.2f}x depth {row['depth']:.2f}",
+            flush=True,
+        )
 
 
 def run_latency(
     name: str, variants: list[str], batch_sizes: list[int], rounds: int, texts: int, clock: str, drop: float
 ) -> None:
     """Time the test texts, batch by batch as they come, through every rival in turns; ratios are formed per round."""
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for batch_size in batch_sizes:
-        batches = _batches(name, batch_size, min(texts, 24 if batch_size == 1 else texts))
-        rivals = _rivals(name, variants, drop)
-        for run in rivals.values():
-            run(batches[:1])
-        samples: dict[str, list[float]] = {key: [] for key in rivals}
-        order = list(rivals)
-        for index in range(rounds):
-            for key in order[index % len(order) :] + order[: index % len(order)]:
-                begun = now()
-                rivals[key](batches)
-                samples[key].append(now() - begun)
-        flops = {f"{v} fp32": _flops_of(name, v, batches, drop) for v in variants}
-        for key, seconds in samples.items():
-            row = {
-                **header(name, key, 0),
-                "batch_size": batch_size,
-                "texts": sum(len(batch["input_ids"]) for batch in batches),
-                "threads": torch.get_num_threads(),
-                "clock": clock,
-                "max_drop": drop,
-                "median_seconds": statistics.median(seconds),
-                "seconds": [round(s, 5) for s in seconds],
-                "flops_speedup_run": flops.get(key.replace("bf16", "fp32")),
-            }
+        batches = timed_batches(name, batch_size, texts)
+        samples = in_turns(_rivals(name, variants, drop), batches, rounds, clock)
+        flops: dict[str, float] = {}
+        for variant in variants:
+            flops |= dict.fromkeys(
+                (f"{variant} fp32", f"{variant} bf16"), _flops_of(name, variant, batches, drop)
+            )
+        for row in latency_rows(name, batch_size, batches, clock, samples, flops, max_drop=drop):
             append(LATENCY, row)
-        _print_latency(name, batch_size, samples, flops)
-
-
-def _batches(name: str, batch_size: int, texts: int) -> list[dict[str, Tensor]]:
-    data = data_of(name, batch_size, bucket=False)
-    data.prepare_data()
-    data.setup("test")
-    batches = []
-    for batch in data.test_dataloader():
-        batches.append({key: value for key, value in batch.items() if key != "labels"})
-        if sum(len(b["input_ids"]) for b in batches) >= texts:
-            break
-    return batches
+        print_latency(name, batch_size, samples, flops)
 
 
 def _opened(name: str, variant: str, drop: float) -> Any:
@@ -304,15 +232,15 @@ def _opened(name: str, variant: str, drop: float) -> Any:
 def _rivals(name: str, variants: list[str], drop: float) -> dict[str, Runner]:
     rivals: dict[str, Runner] = {}
     for suffix, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rivals[f"dense {suffix}"] = _runner(load_model(folder_of(name, "dense", 0)).to(dtype))
-        rivals[f"packed {suffix}"] = _runner(
+        rivals[f"dense {suffix}"] = runner(load_model(folder_of(name, "dense", 0)).to(dtype))
+        rivals[f"packed {suffix}"] = runner(
             lightning_compress.pack(load_model(folder_of(name, "dense", 0))).to(dtype)
         )
         for variant in variants:
             model = _opened(name, variant, drop).to(dtype)
-            rivals[f"{variant} {suffix}"] = _runner(lightning_compress.pack(model))
+            rivals[f"{variant} {suffix}"] = runner(lightning_compress.pack(model))
             if getattr(packed_encoder(model), "exits", None) is not None:
-                rivals[f"{variant}, waiting {suffix}"] = _runner(_waiting(copy.deepcopy(model)))
+                rivals[f"{variant}, waiting {suffix}"] = runner(_waiting(copy.deepcopy(model)))
     return rivals
 
 
@@ -330,47 +258,9 @@ def _waiting(model: nn.Module) -> nn.Module:
     return model
 
 
-def _runner(model: nn.Module) -> Runner:
-    model.eval()
-
-    def run(batches: list[dict[str, Tensor]]) -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                model(**batch)
-
-    return run
-
-
-def _flops_of(name: str, variant: str, batches: list[dict[str, Tensor]], drop: float) -> float:
+def _flops_of(name: str, variant: str, batches: list[Batch], drop: float) -> float:
     model = lightning_compress.pack(_opened(name, variant, drop)).eval()
-    encoder: Any = packed_encoder(model)
-    kept, lengths = [], []
-    with torch.inference_mode():
-        for batch in batches:
-            model(**batch)
-            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
-            lengths.append(batch["attention_mask"].sum(dim=1))
-    dense = load_model(folder_of(name, "dense", 0))
-    return flops_speedup(model, dense, torch.cat(kept), torch.cat(lengths), "first")
-
-
-def _print_latency(
-    name: str, batch_size: int, samples: dict[str, list[float]], flops: dict[str, float]
-) -> None:
-    table = Table("model", "ms", "x dense fp32", "x dense bf16", "FLOPs", title=f"{name}, batch {batch_size}")
-    for key, seconds in samples.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(samples[rival], seconds, strict=True))
-            for rival in ("dense fp32", "dense bf16")
-        ]
-        flop = flops.get(key.replace("bf16", "fp32"))
-        table.add_row(
-            key,
-            f"{1e3 * statistics.median(seconds):.1f}",
-            *(f"{r:.2f}" for r in ratios),
-            "" if flop is None else f"{flop:.2f}",
-        )
-    Console().print(table)
+    return run_packed(model, batches).speedup(model, load_model(folder_of(name, "dense", 0)), "first")
 
 
 def print_table() -> None:
@@ -413,11 +303,7 @@ def main() -> None:
     commands.choices["train"].add_argument("--seeds", nargs="+", type=int, default=[0])
     commands.choices["curve"].add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     latency = commands.choices["latency"]
-    latency.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    latency.add_argument("--rounds", type=int, default=9)
-    latency.add_argument("--texts", type=int, default=96)
-    latency.add_argument("--threads", type=int, default=1)
-    latency.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    add_options(latency)
     latency.add_argument("--max-drop", type=float, default=0.01)
     commands.add_parser("table")
     args = parser.parse_args()

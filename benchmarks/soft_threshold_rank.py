@@ -13,19 +13,17 @@ the folder named by LIGHTNING_COMPRESS_DATA.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
-import transformers
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from recipe import LEARNING_RATE, data_of, fit, header, load_model, save
 from rich.console import Console
 from rich.table import Table
+from rows import RESULTS, rows_in, train_missing
 
 import lightning_compress
 from lightning_compress.callbacks import SoftThresholdRank
@@ -34,30 +32,14 @@ from lightning_compress.deploy import attach_plan, disk_bytes
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.report.latency import measure_latency
-from lightning_compress.report.machine import describe_machine, describe_versions
-from lightning_compress.tasks import TextClassifier
 
-RESULTS = Path(__file__).parent / "results" / "soft_threshold_rank.jsonl"
+ROWS = "soft_threshold_rank.jsonl"
 MODELS = Path("runs") / "benchmarks" / "soft_threshold_rank"
 
-
-@dataclass(frozen=True)
-class Task:
-    """One data set and the budget of steps that every variant gets."""
-
-    files: dict[str, str]
-    text_column: list[str]
-    max_length: int
-    steps: int
-    limit_train: int | None = None
-
-
-LEARNING_RATE = 1e-4
-
 TASKS = {
-    "sst2": Task({"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}, ["text"], 64, 600),
-    "ag_news": Task({"train": "train.tsv", "test": "test.tsv"}, ["title", "description"], 96, 400),
-    "imdb": Task({"train": "train_sample.tsv", "test": "test_sample.tsv"}, ["text"], 256, 80),
+    "sst2": recipe.TASKS["sst2"],
+    "ag_news": recipe.TASKS["ag_news"],
+    "imdb": replace(recipe.TASKS["imdb"], steps=80),
 }
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "base": None,
@@ -71,67 +53,25 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-class StepClock(Callback):
-    """Median time of an optimizer step, phase by phase of the callback."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop it."""
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-def data_of(name: str, batch_size: int = 32) -> TextClassificationData:
-    """Return the data module of a task."""
-    task = TASKS[name]
-    folder = os.environ.get("LIGHTNING_COMPRESS_DATA")
-    if folder is None:
-        raise SystemExit(f"set LIGHTNING_COMPRESS_DATA to the folder that holds {name}/ with {task.files}")
-    files = {part: str(Path(folder) / name / file) for part, file in task.files.items()}
-    return TextClassificationData(
-        **files,  # type: ignore[arg-type]
-        text_column=task.text_column,
-        max_length=task.max_length,
-        batch_size=batch_size,
-        limit_train=task.limit_train,
-    )
-
-
 def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     """Run one training and return its row; the trained model is saved under ``runs/``."""
     seed_everything(seed)
-    settings, clock = VARIANTS[variant], StepClock()
-    callbacks: list[Callback] = [clock]
-    if settings is not None:
-        callbacks.append(SoftThresholdRank(**settings))
-    trainer = Trainer(
-        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
-        callbacks=callbacks, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
-    )  # fmt: skip
+    settings = VARIANTS[variant]
+    callbacks = [] if settings is None else [SoftThresholdRank(**settings)]
     start = "minilm" if variant == "base" else str(MODELS / f"{name}-base-{seed}")
-    module, data = TextClassifier(start, learning_rate=LEARNING_RATE), data_of(name)
-    started = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - started
-    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
+    done = fit(name, callbacks, start, TASKS[name].steps)
+    (metrics,) = done.trainer.test(done.module, datamodule=done.data, verbose=False)
     folder = MODELS / f"{name}-{variant}-{seed}"
-    _save(module, data, folder)
+    save(done.model, done.data, folder)
     return {
-        **_row(name, variant, seed),
+        **header(name, variant, seed, TASKS[name].steps),
         "accuracy": metrics["test/acc"],
         "learning_rate": LEARNING_RATE,
-        "fit_seconds": round(seconds, 1),
-        "step_seconds": _thirds(clock.seconds),
-        **_sizes(module.model, data),
+        "fit_seconds": round(done.seconds, 1),
+        "step_seconds": _thirds(done.clock.seconds),
+        **_sizes(done.model, done.data),
         "weight_bytes": disk_bytes(folder),
-        "ranks": _ranks(module.model),
+        "ranks": _ranks(done.model),
     }
 
 
@@ -140,8 +80,7 @@ def training_free(name: str, seed: int, ratio: float) -> dict[str, Any]:
     data = data_of(name)
     data.prepare_data()
     data.setup("fit")
-    folder = MODELS / f"{name}-base-{seed}"
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model = load_model(MODELS / f"{name}-base-{seed}")
     config = SoftThresholdRankConfig(target_params=ratio, allocation="uniform")
     compressor = lightning_compress.Compressor(model, [config])
     compressor.prepare()
@@ -159,27 +98,10 @@ def training_free(name: str, seed: int, ratio: float) -> dict[str, Any]:
             total += len(labels)
     variant = f"free{round(100 * ratio)}"
     return {
-        **_row(name, variant, seed),
+        **header(name, variant, seed, TASKS[name].steps),
         "accuracy": right / total,
         **_sizes(model, data),
         "ranks": _ranks(model),
-    }
-
-
-def _row(name: str, variant: str, seed: int) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    task = TASKS[name]
-    budget = {"steps": task.steps, "batch_size": 32, "max_length": task.max_length}
-    return {
-        "task": name,
-        "variant": variant,
-        "seed": seed,
-        **budget,
-        "commit": commit.stdout.strip(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
     }
 
 
@@ -195,16 +117,6 @@ def _ranks(model: Any) -> dict[str, int]:
     return {name: m.rank for name, m in model.named_modules() if type(m).__name__ == "LowRankLinear"}
 
 
-def _save(module: TextClassifier, data: TextClassificationData, folder: Path) -> None:
-    model = module.model
-    assert model is not None
-    if lightning_compress.plan_of(model) is None:
-        model.save_pretrained(folder)
-    else:
-        lightning_compress.save_pretrained(model, folder)
-    data.tokenizer.save_pretrained(folder)
-
-
 def _thirds(seconds: list[float]) -> dict[str, float]:
     """Median step time at the start (warm-up), in the middle of the search, and in recovery."""
     n = len(seconds)
@@ -216,27 +128,18 @@ def _thirds(seconds: list[float]) -> dict[str, float]:
     return {part: round(sorted(values)[len(values) // 2], 4) for part, values in parts.items() if values}
 
 
-def _done() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def _append(row: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:
     """Run what is missing, cheapest data sets first."""
-    for name in tasks:
-        for seed in seeds:
-            for variant in variants:
-                if any((r["task"], r["variant"], r["seed"]) == (name, variant, seed) for r in _done()):
-                    continue
-                ratio = float(variant.removeprefix("free")) / 100 if variant.startswith("free") else None
-                row = train(name, variant, seed) if ratio is None else training_free(name, seed, ratio)
-                _append(row)
-                print(f"{name} {variant} seed {seed}: accuracy {row['accuracy']:.4f}", flush=True)
+    for row in train_missing(ROWS, tasks, variants, seeds, _trained):
+        print(
+            f"{row['task']} {row['variant']} seed {row['seed']}: accuracy {row['accuracy']:.4f}", flush=True
+        )
+
+
+def _trained(name: str, variant: str, seed: int) -> dict[str, Any]:
+    if variant.startswith("free"):
+        return training_free(name, seed, float(variant.removeprefix("free")) / 100)
+    return train(name, variant, seed)
 
 
 def run_latency(
@@ -246,12 +149,12 @@ def run_latency(
     models = {variant: MODELS / f"{name}-{variant}-0" for variant in variants}
     table = measure_latency(models, batch_sizes, lengths, rounds=rounds)
     Console().print(table.to_rich())
-    (RESULTS.parent / f"latency_{name}.json").write_text(table.to_json())
+    (RESULTS / f"latency_{name}.json").write_text(table.to_json())
 
 
 def print_table() -> None:
     """Print all rows, each against the dense run of the same data set and seed."""
-    rows = _done()
+    rows = rows_in(ROWS)
     dense = {(r["task"], r["seed"]): r for r in rows if r["variant"] == "dense"}
     table = Table(
         "data",

@@ -16,21 +16,21 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from latency_rounds import Batch, Runner, batches_of, in_turns, median_ratio
+from recipe import TASKS, header, load_model
 from rich.console import Console
 from rich.table import Table
-from token_dropping import TASKS, append, data_of, folder_of, header, load_model
+from rows import append
+from token_dropping import folder_of
 from torch import Tensor, nn
 
-from lightning_compress.data import TextClassificationData
 from lightning_compress.deploy.export import export_onnx
 from lightning_compress.runtime.static import make_static, static_counts
 
@@ -40,7 +40,6 @@ RESULTS = "static.jsonl"
 BASELINE = "dense torch"
 COUNTED_BATCHES = 16
 
-Batch = dict[str, Tensor]
 Answer = Callable[[Batch], Tensor]
 """Logits of a batch."""
 
@@ -93,19 +92,6 @@ def build_rivals(
             )
 
 
-def batches_of(
-    name: str, batch_size: int, limit: int | None, part: str = "test"
-) -> tuple[list[Batch], list[Tensor]]:
-    """Return batches of texts as they come, and their labels; of the test or the training part."""
-    data: TextClassificationData = data_of(name, batch_size, bucket=False)
-    data.prepare_data()
-    data.setup("test" if part == "test" else "fit")
-    loader: Any = data.test_dataloader() if part == "test" else data.train_dataloader()
-    count = None if limit is None else -(-limit // batch_size)
-    batches = [dict(batch) for batch in islice(loader, count)]
-    return batches, [batch.pop("labels") for batch in batches]
-
-
 def accuracy(answer: Answer, batches: list[Batch], labels: list[Tensor]) -> float:
     """Return the share of right answers."""
     right = sum(int((answer(b).argmax(-1) == y).sum()) for b, y in zip(batches, labels, strict=True))
@@ -114,18 +100,15 @@ def accuracy(answer: Answer, batches: list[Batch], labels: list[Tensor]) -> floa
 
 def time_in_turns(rivals: dict[str, Answer], batches: list[Batch], rounds: int) -> dict[str, list[float]]:
     """Return seconds of each rival over all batches, round by round; each round begins with another one."""
-    samples: dict[str, list[float]] = {name: [] for name in rivals}
-    order = list(rivals)
-    for answer in rivals.values():
-        answer(batches[0])
-    for index in range(rounds):
-        start = index % len(order)
-        for name in order[start:] + order[:start]:
-            begun = time.process_time()
-            for batch in batches:
-                rivals[name](batch)
-            samples[name].append(time.process_time() - begun)
-    return samples
+    return in_turns({name: _over_all(answer) for name, answer in rivals.items()}, batches, rounds)
+
+
+def _over_all(answer: Answer) -> Runner:
+    def run(batches: list[Batch]) -> None:
+        for batch in batches:
+            answer(batch)
+
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -148,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         batches, _ = batches_of(args.task, batch_size, args.texts)
         samples = time_in_turns(rivals, batches, args.rounds)
         for name, seconds in samples.items():
-            ratios = [base / own for base, own in zip(samples[BASELINE], seconds, strict=True)]
             kept = [kept for quantile, kept in counts.items() if name.startswith(f"static {quantile:g} ")]
             rows.append(
                 {
@@ -162,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     "timed_texts": sum(len(batch["input_ids"]) for batch in batches),
                     "rounds": args.rounds,
                     "median_seconds": statistics.median(seconds),
-                    "ratio": round(statistics.median(ratios), 3),
+                    "ratio": round(median_ratio(samples[BASELINE], seconds), 3),
                     "seconds": [round(s, 5) for s in seconds],
                 }
             )

@@ -22,39 +22,38 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from recipe import (
-    LEARNING_RATE,
-    TASKS,
-    StepClock,
-    append,
-    data_of,
-    header,
-    load_model,
-    rows_in,
-    save,
+from kept_tokens import run_packed, run_test_part
+from latency_rounds import (
+    Batch,
+    Runner,
+    add_options,
+    in_turns,
+    latency_rows,
+    print_latency,
+    runner,
+    timed_batches,
 )
+from lightning.pytorch import Callback, seed_everything
+from recipe import LEARNING_RATE, TASKS, data_of, fit, header, load_model, save
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from rows import append, rows_in, sweep_missing, train_missing
+from torch import nn
 
 import lightning_compress
 from lightning_compress.callbacks import BottleneckTokenDropping, ContributionTokenDropping
 from lightning_compress.data import TextClassificationData
-from lightning_compress.nn.kept_flops import DroppingCosts, LastLayer
 from lightning_compress.runtime import packed_encoder
-from lightning_compress.tasks import TextClassifier
 
 MODELS = Path("runs") / "benchmarks" / "token_dropping"
-
+RESULTS, DIAL = "token_dropping.jsonl", "token_dropping_dial.jsonl"
+LATENCY = "token_dropping_latency.jsonl"
 
 VARIANTS: dict[str, Callable[[], Callback] | None] = {
     "base": None,
@@ -94,65 +93,23 @@ def folder_of(name: str, variant: str, seed: int) -> Path:
 def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     """Run one training and return its row; the trained model is saved under ``runs/``."""
     seed_everything(seed)
-    make, clock = VARIANTS[variant], StepClock()
-    trainer = Trainer(
-        accelerator="cpu", precision="bf16-mixed", max_steps=TASKS[name].steps, gradient_clip_val=1.0,
-        callbacks=[clock, *([] if make is None else [make()])], logger=False, enable_checkpointing=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, enable_progress_bar=False,
-    )  # fmt: skip
+    make = VARIANTS[variant]
     start = "minilm" if variant == "base" else str(folder_of(name, "base", seed))
-    module, data = TextClassifier(start, learning_rate=LEARNING_RATE), data_of(name)
-    begun = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - begun
-    model = module.model
-    assert model is not None
-    save(model, data, folder_of(name, variant, seed))
-    return {
-        **header(name, variant, seed),
-        "learning_rate": LEARNING_RATE,
-        "fit_seconds": round(seconds, 1),
-        "step_seconds": clock.median(first_epoch=True),
-        "later_step_seconds": clock.median(first_epoch=False),
-        **evaluate(model, data),
-    }
+    done = fit(name, [] if make is None else [make()], start)
+    save(done.model, done.data, folder_of(name, variant, seed))
+    return {**header(name, variant, seed), **done.fields(), **evaluate(done.model, done.data)}
 
 
-def evaluate(model: Any, data: TextClassificationData, limit: int | None = None) -> dict[str, Any]:
+def evaluate(model: Any, data: TextClassificationData) -> dict[str, Any]:
     """Return accuracy, FLOPs against dense and kept tokens on the test part, run packed, in bf16 autocast."""
-    data.prepare_data()
-    data.setup("test")
-    model = lightning_compress.pack(model).eval()
-    encoder = packed_encoder(model)
-    assert encoder is not None
-    right, kept, lengths = 0, [], []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for index, batch in enumerate(data.test_dataloader()):
-            if limit is not None and index >= limit:
-                break
-            labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
-            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
-            lengths.append(batch["attention_mask"].sum(dim=1))
-    kept_BL, lengths_B = torch.cat(kept), torch.cat(lengths)
+    run = run_test_part(model, data)
     return {
-        "accuracy": right / len(lengths_B),
-        "texts": len(lengths_B),
-        "tokens_per_text": round(float(lengths_B.float().mean()), 1),
-        "speedup": flops_speedup(model, kept_BL, lengths_B, "all"),
-        "speedup_run": flops_speedup(model, kept_BL, lengths_B, "first"),
-        "kept": [round(float(share), 4) for share in kept_BL.sum(dim=0) / lengths_B.sum()],
+        "accuracy": run.accuracy,
+        "texts": run.texts,
+        "tokens_per_text": round(float(run.lengths_B.float().mean()), 1),
+        **run.speedups(model),
+        "kept": [round(float(share), 4) for share in run.kept_BL.sum(dim=0) / run.lengths_B.sum()],
     }
-
-
-def flops_speedup(model: nn.Module, kept_BL: Tensor, lengths_B: Tensor, last_layer: LastLayer) -> float:
-    """Return dense over compressed FLOPs, the ratio of totals."""
-    all_BL = lengths_B[:, None].expand_as(kept_BL)
-    dense = DroppingCosts.of(model, policy_flops_per_token=0, exit_flops=0, last_layer=last_layer).flops(
-        all_BL, lengths_B
-    )
-    compressed = DroppingCosts.of(model, last_layer=last_layer).flops(kept_BL, lengths_B)
-    return round(float(dense.sum() / compressed.sum()), 4)
 
 
 def dial(name: str, variant: str, seed: int, scales: list[float]) -> Iterator[dict[str, Any]]:
@@ -167,15 +124,9 @@ def dial(name: str, variant: str, seed: int, scales: list[float]) -> Iterator[di
 
 def run_training(tasks: list[str], variants: list[str], seeds: list[int]) -> None:
     """Run what is missing."""
-    for name in tasks:
-        for seed in seeds:
-            for variant in variants:
-                key = (name, variant, seed)
-                if any((r["task"], r["variant"], r["seed"]) == key for r in rows_in("token_dropping.jsonl")):
-                    continue
-                row = train(name, variant, seed)
-                append("token_dropping.jsonl", row)
-                print(f"{key}: accuracy {row['accuracy']:.4f} speed-up {row['speedup']:.2f}", flush=True)
+    for row in train_missing(RESULTS, tasks, variants, seeds, train):
+        key = (row["task"], row["variant"], row["seed"])
+        print(f"{key}: accuracy {row['accuracy']:.4f} speed-up {row['speedup']:.2f}", flush=True)
 
 
 def run_evaluation(tasks: list[str], variants: list[str]) -> None:
@@ -190,72 +141,35 @@ def run_evaluation(tasks: list[str], variants: list[str]) -> None:
                 "later_step_seconds": None,
                 **evaluate(load_model(folder_of(name, variant, 0)), data_of(name)),
             }
-            append("token_dropping.jsonl", row)
+            append(RESULTS, row)
             print(f"{name} {variant}: accuracy {row['accuracy']:.4f}", flush=True)
 
 
 def run_dial(tasks: list[str], variants: list[str], scales: list[float]) -> None:
     """Sweep what is missing."""
-    for name in tasks:
-        for variant in variants:
-            done = {(r["task"], r["variant"], r["dial"]) for r in rows_in("token_dropping_dial.jsonl")}
-            left = [scale for scale in scales if (name, variant, scale) not in done]
-            for row in dial(name, variant, 0, left) if left else ():
-                append("token_dropping_dial.jsonl", row)
-                print(
-                    f"{name} {variant} x{row['dial']}: {row['accuracy']:.4f} {row['speedup']:.2f}", flush=True
-                )
-
-
-Runner = Callable[[list[dict[str, Tensor]]], None]
+    for row in sweep_missing(DIAL, "dial", tasks, variants, scales, dial):
+        print(
+            f"{row['task']} {row['variant']} x{row['dial']}: {row['accuracy']:.4f} {row['speedup']:.2f}",
+            flush=True,
+        )
 
 
 def run_latency(
     name: str, variants: list[str], batch_sizes: list[int], rounds: int, texts: int, clock: str
 ) -> None:
     """Time the test texts, batch by batch as they come, through every rival in turns; ratios are formed per round."""
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for batch_size in batch_sizes:
-        batches = _batches(name, batch_size, min(texts, 24 if batch_size == 1 else texts))
+        batches = timed_batches(name, batch_size, texts)
         rivals = _rivals(name, variants)
-        flops = {key: _flops_of(model, batches) for key, (_, model) in rivals.items() if model is not None}
-        for run, _ in rivals.values():
-            run(batches[:1])
-        samples: dict[str, list[float]] = {key: [] for key in rivals}
-        order = list(rivals)
-        for index in range(rounds):
-            for key in order[index % len(order) :] + order[: index % len(order)]:
-                begun = now()
-                rivals[key][0](batches)
-                samples[key].append(now() - begun)
-        for key, seconds in samples.items():
-            append(
-                "token_dropping_latency.jsonl",
-                {
-                    **header(name, key, 0),
-                    "batch_size": batch_size,
-                    "texts": sum(len(batch["input_ids"]) for batch in batches),
-                    "fill": _fill(batches),
-                    "threads": torch.get_num_threads(),
-                    "clock": clock,
-                    "median_seconds": statistics.median(seconds),
-                    "seconds": [round(s, 5) for s in seconds],
-                    "flops_speedup_run": flops.get(key),
-                },
-            )
-        _print_latency(name, batch_size, samples, flops)
-
-
-def _batches(name: str, batch_size: int, texts: int) -> list[dict[str, Tensor]]:
-    data = data_of(name, batch_size, bucket=False)
-    data.prepare_data()
-    data.setup("test")
-    batches = []
-    for batch in data.test_dataloader():
-        batches.append({key: value for key, value in batch.items() if key != "labels"})
-        if sum(len(b["input_ids"]) for b in batches) >= texts:
-            break
-    return batches
+        flops = {
+            key: run_packed(model, batches).speedup(model, None, "first")
+            for key, (_, model) in rivals.items()
+            if model is not None
+        }
+        samples = in_turns({key: run for key, (run, _) in rivals.items()}, batches, rounds, clock)
+        for row in latency_rows(name, batch_size, batches, clock, samples, flops, fill=_fill(batches)):
+            append(LATENCY, row)
+        print_latency(name, batch_size, samples, flops)
 
 
 def _rivals(name: str, variants: list[str]) -> dict[str, tuple[Runner, Any]]:
@@ -263,29 +177,25 @@ def _rivals(name: str, variants: list[str]) -> dict[str, tuple[Runner, Any]]:
     rivals: dict[str, tuple[Runner, Any]] = {}
     for suffix, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         plain = copy.deepcopy(dense).to(dtype)
-        rivals[f"dense {suffix}"] = (_torch_runner(plain), None)
-        rivals[f"dense, sorted {suffix}"] = (_torch_runner(plain, is_sorted=True), None)
+        rivals[f"dense {suffix}"] = (runner(plain), None)
+        rivals[f"dense, sorted {suffix}"] = (_sorted_runner(plain), None)
         packed = lightning_compress.pack(copy.deepcopy(dense)).to(dtype)
-        rivals[f"packed {suffix}"] = (_torch_runner(packed), packed)
+        rivals[f"packed {suffix}"] = (runner(packed), packed)
         for variant in variants:
             model = load_model(folder_of(name, variant, 0)).to(dtype)
-            rivals[f"{variant} {suffix}"] = (_torch_runner(model), model)
+            rivals[f"{variant} {suffix}"] = (runner(model), model)
     onnx = _onnx_runner(dense)
     if onnx is not None:
         rivals["onnxruntime int8"] = (onnx, None)
     return rivals
 
 
-def _torch_runner(model: nn.Module, is_sorted: bool = False) -> Runner:
-    def run(batches: list[dict[str, Tensor]]) -> None:
-        with torch.inference_mode():
-            for batch in _sorted(batches) if is_sorted else batches:
-                model(**batch)
-
-    return run
+def _sorted_runner(model: nn.Module) -> Runner:
+    run = runner(model)
+    return lambda batches: run(_sorted(batches))
 
 
-def _sorted(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _sorted(batches: list[Batch]) -> list[Batch]:
     """Return the same texts, in batches of similar length."""
     rows = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
     rows.sort(key=lambda row: int(row["attention_mask"].sum()))
@@ -321,46 +231,21 @@ def _onnx_runner(model: Any) -> Runner | None:
             small.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
 
-    def run(batches: list[dict[str, Tensor]]) -> None:
+    def run(batches: list[Batch]) -> None:
         for batch in batches:
             session.run(None, {name: batch[name].numpy() for name in names})
 
     return run
 
 
-def _flops_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
-    encoder: Any = packed_encoder(model)
-    kept, lengths = [], []
-    with torch.inference_mode():
-        for batch in batches:
-            model(**batch)
-            kept.append(torch.stack([segments.lengths_B for segments in encoder.latest], dim=1))
-            lengths.append(batch["attention_mask"].sum(dim=1))
-    return flops_speedup(model, torch.cat(kept), torch.cat(lengths), "first")
-
-
-def _fill(batches: list[dict[str, Tensor]]) -> float:
+def _fill(batches: list[Batch]) -> float:
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return round(real / sum(batch["attention_mask"].numel() for batch in batches), 3)
 
 
-def _print_latency(
-    name: str, batch_size: int, samples: dict[str, list[float]], flops: dict[str, float]
-) -> None:
-    table = Table("model", "ms", "x dense fp32", "x dense bf16", "FLOPs", title=f"{name}, batch {batch_size}")
-    for key, seconds in samples.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(samples[rival], seconds, strict=True))
-            for rival in ("dense fp32", "dense bf16")
-        ]
-        flop = f"{flops[key]:.2f}" if key in flops else ""
-        table.add_row(key, f"{1e3 * statistics.median(seconds):.1f}", *(f"{r:.2f}" for r in ratios), flop)
-    Console().print(table)
-
-
 def print_table() -> None:
     """Print all rows, each against the dense run of the same data set and seed."""
-    rows = rows_in("token_dropping.jsonl")
+    rows = rows_in(RESULTS)
     dense = {(r["task"], r["seed"]): r for r in rows if r["variant"] == "dense"}
     table = Table(
         "data", "variant", "seed", "steps", "accuracy", "vs dense", "FLOPs", "run", "kept", "s/step"
@@ -390,11 +275,7 @@ def main() -> None:
     commands.choices["dial"].add_argument(
         "--scales", nargs="+", type=float, default=[0.8, 0.9, 1.1, 1.25, 1.5]
     )
-    commands.choices["latency"].add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    commands.choices["latency"].add_argument("--rounds", type=int, default=9)
-    commands.choices["latency"].add_argument("--texts", type=int, default=96)
-    commands.choices["latency"].add_argument("--threads", type=int, default=1)
-    commands.choices["latency"].add_argument("--clock", choices=("wall", "cpu"), default="cpu")
+    add_options(commands.choices["latency"])
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "train":

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.auxiliary import AuxiliaryOptimizer
-from lightning_compress.losses import TERMS
+from lightning_compress.losses import TASK_TERMS, TERMS
 from lightning_compress.methods import (
     METHODS,
     GradientReader,
@@ -44,8 +44,6 @@ from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 __all__ = ["Compressor"]
 
 _STATE_SCHEMA = 1
-_TASK_TERMS = ("multi_exit/labels", "multi_exit/final")
-"""Terms that belong to the task, as what they teach comes from no teacher."""
 
 
 class Compressor:
@@ -211,7 +209,7 @@ class Compressor:
         handles = {s: self.handles[s] for s in stems if s in self.handles}
         terms = {f"{s}/{name}": term for s, h in handles.items() for name, term in TERMS[s](h).items()}
         weight = self.task_weight
-        weighed = [name for name in _TASK_TERMS if name in terms and weight != 1.0]
+        weighed = [name for name in TASK_TERMS if name in terms and weight != 1.0]
         return {**terms, **{name: weight * terms[name] for name in weighed}}
 
     def step(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:

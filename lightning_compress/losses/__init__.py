@@ -25,6 +25,7 @@ from lightning_compress.losses.soft_threshold_rank import SoftThresholdRankLossM
 from lightning_compress.losses.width_slimming import WidthSlimmingLossMixin
 
 __all__ = [
+    "TASK_TERMS",
     "TERMS",
     "BottleneckTokenDroppingLossMixin",
     "ContributionTokenDroppingLossMixin",
@@ -44,3 +45,7 @@ TERMS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "multi_exit": multi_exit.terms,
     "distillation": distillation.terms,
 }
+"""The terms of each method, as functions of its handle."""
+
+TASK_TERMS = tuple(f"multi_exit/{name}" for name in multi_exit.TASK_TERMS)
+"""Terms that are weighed with the task's own loss."""

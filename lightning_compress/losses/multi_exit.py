@@ -25,11 +25,15 @@ from lightning_compress.nn.label_loss import IGNORED, label_loss, next_token_los
 from lightning_compress.nn.multi_exit import SharedExits, exit_logits, exit_states, shared_logits
 
 __all__ = [
+    "TASK_TERMS",
     "MultiExitLossMixin",
     "final_exit_distance",
     "guessed_error",
     "terms",
 ]
+
+TASK_TERMS = ("labels", "final")
+"""Terms that belong to the task, since what they teach comes from no teacher."""
 
 
 def final_exit_distance(exits: Mapping[int, Tensor], final_BC: Tensor) -> Tensor:

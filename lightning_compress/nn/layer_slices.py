@@ -12,47 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
-from lightning_compress.nn.anatomy import LayerAnatomy, describe
+from lightning_compress.nn.anatomy import LayerAnatomy
 from lightning_compress.nn.linear_slices import slice_at
 from lightning_compress.nn.surgery import Ledger
 
-__all__ = ["check_layer", "cut_heads", "cut_neurons", "slice_heads", "slice_neurons"]
-
-
-def slice_heads(model: nn.Module, layer: int, keep: Sequence[int], ledger: Ledger | None = None) -> None:
-    """Keep these attention heads of one layer: rows of query, key and value, columns of the output.
-
-    Args:
-        model: A transformers model of a known family.
-        layer: Index of the layer.
-        keep: Ids of the heads kept, ascending, at least one; of the key-value groups with grouped queries.
-        ledger: Where the change is noted; None notes it nowhere.
-
-    Raises:
-        ValueError: If ids are out of range or not ascending, or the layer has no attention.
-    """
-    anatomy = _layer(model, layer)
-    check_layer(anatomy, heads=keep)
-    cut_heads(Ledger(model) if ledger is None else ledger, anatomy, keep)
-
-
-def slice_neurons(model: nn.Module, layer: int, keep: Sequence[int], ledger: Ledger | None = None) -> None:
-    """Keep these FFN neurons of one layer: outputs of the first linear (and of the gate), inputs of the last.
-
-    Args:
-        model: A transformers model of a known family.
-        layer: Index of the layer.
-        keep: Indices of the neurons kept, ascending, at least one.
-        ledger: Where the change is noted; None notes it nowhere.
-
-    Raises:
-        ValueError: If indices are out of range or not ascending, or the layer has no FFN.
-    """
-    anatomy = _layer(model, layer)
-    check_layer(anatomy, neurons=keep)
-    cut_neurons(Ledger(model) if ledger is None else ledger, anatomy, keep)
+__all__ = ["check_layer", "cut_heads", "cut_neurons"]
 
 
 def check_layer(
@@ -74,7 +38,13 @@ def check_layer(
 
 
 def cut_heads(ledger: Ledger, layer: LayerAnatomy, keep: Sequence[int]) -> None:
-    """Do what :func:`slice_heads` does, in a layer that was described and with ids that were checked."""
+    """Keep these attention heads of one layer: rows of query, key and value, columns of the output.
+
+    Args:
+        ledger: Where the change is noted.
+        layer: A layer with attention, as it is now.
+        keep: Ids of the heads kept, that :func:`check_layer` let pass; of the key-value groups with grouped queries.
+    """
     assert layer.attention is not None
     groups, width = layer.num_key_value_heads, layer.head_dim
     num_heads, query_width = len(keep) * (layer.num_heads // groups), layer.num_heads * width
@@ -97,7 +67,13 @@ def cut_heads(ledger: Ledger, layer: LayerAnatomy, keep: Sequence[int]) -> None:
 
 
 def cut_neurons(ledger: Ledger, layer: LayerAnatomy, keep: Sequence[int]) -> None:
-    """Do what :func:`slice_neurons` does, in a layer that was described and with indices that were checked."""
+    """Keep these FFN neurons of one layer: outputs of the first linear (and of the gate), inputs of the last.
+
+    Args:
+        ledger: Where the change is noted.
+        layer: A layer with an FFN, as it is now.
+        keep: Indices of the neurons kept, that :func:`check_layer` let pass.
+    """
     for slot in layer.linears:
         if slot.role in ("ffn_in", "ffn_gate"):
             slice_at(ledger, slot.path, outputs=keep)
@@ -108,13 +84,6 @@ def cut_neurons(ledger: Ledger, layer: LayerAnatomy, keep: Sequence[int]) -> Non
 def _blocks(keep: Sequence[int], width: int) -> list[int]:
     """Return the entries of the kept blocks, each ``width`` wide."""
     return [block * width + i for block in keep for i in range(width)]
-
-
-def _layer(model: nn.Module, layer: int) -> LayerAnatomy:
-    layers = describe(model).layers
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer={layer} is outside the model's layers, 0 to {len(layers) - 1}")
-    return layers[layer]
 
 
 def _check_kept(what: str, layer: int, keep: Sequence[int], count: int) -> None:

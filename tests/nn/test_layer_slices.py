@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_compress.nn.anatomy import describe
-from lightning_compress.nn.layer_slices import check_layer, slice_heads, slice_neurons
+from lightning_compress.nn.layer_slices import check_layer, cut_heads, cut_neurons
 from lightning_compress.nn.surgery import Ledger, get_module
 from tests.toys_widths import CLASSIFIERS, lively, logits, zero_heads, zero_neurons
 
@@ -18,7 +18,7 @@ def test_sliced_heads_are_zeroed_heads(tiny, model_type, name) -> None:
     keep = [1] if groups == 2 else [0, 3]
     zero_heads(model, 1, [head for head in range(groups) if head not in keep])
     expected = logits(model)
-    slice_heads(model, 1, keep)
+    cut_heads(Ledger(model), describe(model).layers[1], keep)
     assert torch.allclose(logits(model), expected, atol=1e-5)
     first, second = describe(model).layers
     assert (first.num_heads, second.num_heads, second.num_key_value_heads) == (4, 2, len(keep))
@@ -30,7 +30,7 @@ def test_sliced_neurons_are_zeroed_neurons(tiny, model_type, name) -> None:
     model, keep = lively(tiny(model_type, name, num_labels=3)), [0, 3, 7, 20, 46]
     zero_neurons(model, 0, [neuron for neuron in range(48) if neuron not in keep])
     expected = logits(model)
-    slice_neurons(model, 0, keep)
+    cut_neurons(Ledger(model), describe(model).layers[0], keep)
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert [layer.intermediate_size for layer in describe(model).layers] == [5, 48]
 
@@ -38,7 +38,7 @@ def test_sliced_neurons_are_zeroed_neurons(tiny, model_type, name) -> None:
 @pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS)
 def test_the_family_s_own_head_counts_follow(tiny, model_type, name) -> None:
     model = tiny(model_type, name)
-    slice_heads(model, 0, [1])
+    cut_heads(Ledger(model), describe(model).layers[0], [1])
     layer = describe(model).layers[0]
     attention = get_module(model, layer.attention)
     heads = 2 if model_type == "llama" else 1
@@ -52,26 +52,24 @@ def test_the_family_s_own_head_counts_follow(tiny, model_type, name) -> None:
 
 @pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [-1], [4]])
 def test_heads_out_of_order_or_range_are_refused(tiny, keep) -> None:
-    model = tiny("bert", "BertModel")
+    layer = describe(tiny("bert", "BertModel")).layers[1]
     with pytest.raises(ValueError, match=r"heads kept in layer 1 .* from 0 to 3"):
-        slice_heads(model, 1, keep)
+        check_layer(layer, heads=keep)
 
 
 def test_layers_without_heads_or_ffn_say_so(tiny) -> None:
-    model = tiny("mamba", "MambaModel")
+    layer = describe(tiny("mamba", "MambaModel")).layers[0]
     with pytest.raises(ValueError, match=r"layer 0, 'layers\.0', has no attention heads"):
-        slice_heads(model, 0, [0])
+        check_layer(layer, heads=[0])
     with pytest.raises(ValueError, match=r"layer 0, 'layers\.0', has no FFN"):
-        slice_neurons(model, 0, [0])
-    with pytest.raises(ValueError, match="layer=2 is outside the model's layers, 0 to 1"):
-        slice_neurons(model, 2, [0])
+        check_layer(layer, neurons=[0])
 
 
 def test_a_slice_can_be_noted_and_reverted(tiny) -> None:
     model = tiny("gpt2", "GPT2Model")
     before, ledger = describe(model), Ledger(model)
-    slice_heads(model, 0, [1, 2], ledger)
-    slice_neurons(model, 1, [5], ledger)
+    cut_heads(ledger, before.layers[0], [1, 2])
+    cut_neurons(ledger, before.layers[1], [5])
     assert describe(model) != before
     ledger.revert()
     assert describe(model) == before
