@@ -10,6 +10,7 @@ started again. Data are looked for in the folder named by LIGHTNING_COMPRESS_DAT
     python benchmarks/slender.py curve --tasks sst2 --variants exits joint50
     python benchmarks/slender.py latency --tasks sst2 --variants slim50 exits
     python benchmarks/slender.py table
+    python benchmarks/slender.py frontier --share 0.965
 
 ``curve`` lets more and more texts leave trained models with exits, without training. FLOPs are 2 MACs over unpadded
 tokens, the ratio of totals over the test part, exits included; ``speedup`` prices the last layer in full,
@@ -265,29 +266,57 @@ def _flops_of(name: str, variant: str, batches: list[Batch], drop: float) -> flo
 
 def print_table() -> None:
     """Print all rows, each against the dense run of the same data set and seed."""
-    dense = {
-        (r["task"], r["seed"]): r["accuracy"]
-        for r in rows_in("token_dropping.jsonl")
-        if r["variant"] == "dense"
-    }
+    dense, size = _dense_accuracy(), _sizes()
     table = Table(
         "data", "variant", "threshold", "accuracy", "vs dense", "FLOPs", "run", "layers", "model", "depth"
     )
-    rows = rows_in(RESULTS)
-    size = {(r["task"], r["variant"], r["seed"]): r for r in rows}
-    for row in sorted(
-        [*rows, *rows_in(CURVE)],
-        key=lambda r: (r["task"], r["variant"], r["seed"], r.get("threshold", 0.0)),
-    ):
-        key = (row["task"], row["variant"], row["seed"])
+    for row in sorted(_all_rows(), key=lambda r: (*_key(r), r.get("threshold", 0.0))):
         base = dense.get((row["task"], row["seed"]))
-        smaller = [f"{size[key][scope]:.2f}" for scope in ("layers_smaller", "model_smaller")]
         table.add_row(
             row["task"], row["variant"], str(row.get("threshold", "")), f"{100 * row['accuracy']:.2f}",
             "" if base is None else f"{100 * (row['accuracy'] - base):+.2f}",
-            f"{row['speedup']:.2f}", f"{row['speedup_run']:.2f}", *smaller, f"{row['depth']:.2f}",
+            f"{row['speedup']:.2f}", f"{row['speedup_run']:.2f}", *size[_key(row)], f"{row['depth']:.2f}",
         )  # fmt: skip
     Console().print(table)
+
+
+def print_frontier(share: float) -> None:
+    """Print the fewest FLOPs, by data set and kind of variant, that keep a share of the dense accuracy."""
+    dense, size = _dense_accuracy(), _sizes()
+    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _all_rows():
+        if row["accuracy"] >= share * dense[row["task"], row["seed"]]:
+            kept.setdefault((row["task"], row["variant"].rstrip("0123456789_")), []).append(row)
+    table = Table(
+        "data", "kind", "variant", "threshold", "accuracy", "FLOPs", "layers", "model",
+        title=f"fewest FLOPs at {100 * share:.1f} % of the dense accuracy",
+    )  # fmt: skip
+    for (task, kind), rows in sorted(kept.items()):
+        row = max(rows, key=lambda r: r["speedup"])
+        table.add_row(
+            task, kind, row["variant"], str(row.get("threshold", "")), f"{100 * row['accuracy']:.2f}",
+            f"{row['speedup']:.2f}", *size[_key(row)],
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["task"], row["variant"], row["seed"]
+
+
+def _all_rows() -> list[dict[str, Any]]:
+    return [*rows_in(RESULTS), *rows_in(CURVE)]
+
+
+def _dense_accuracy() -> dict[tuple[str, int], float]:
+    rows = rows_in("token_dropping.jsonl")
+    return {(row["task"], row["seed"]): row["accuracy"] for row in rows if row["variant"] == "dense"}
+
+
+def _sizes() -> dict[tuple[str, str, int], list[str]]:
+    """How many times fewer parameters the layers and the model of each run have."""
+    scopes = ("layers_smaller", "model_smaller")
+    return {_key(row): [f"{row[scope]:.2f}" for scope in scopes] for row in rows_in(RESULTS)}
 
 
 def main() -> None:
@@ -306,6 +335,7 @@ def main() -> None:
     add_options(latency)
     latency.add_argument("--max-drop", type=float, default=0.01)
     commands.add_parser("table")
+    commands.add_parser("frontier").add_argument("--share", type=float, default=0.965)
     args = parser.parse_args()
     if args.command == "train":
         run_training(args.tasks, args.variants, args.seeds)
@@ -317,8 +347,10 @@ def main() -> None:
             run_latency(
                 name, args.variants, args.batch_sizes, args.rounds, args.texts, args.clock, args.max_drop
             )
-    else:
+    elif args.command == "table":
         print_table()
+    else:
+        print_frontier(args.share)
 
 
 if __name__ == "__main__":
