@@ -81,6 +81,11 @@ def _slim(percent: int, **settings: Any) -> Callable[[], Callback]:
     return partial(WidthSlimming, target_params=percent / 100, **settings)
 
 
+def _everywhere(share: float) -> Callable[[], Callback]:
+    """The same share of heads, neurons and the residual stream."""
+    return partial(WidthSlimming, heads=share, ffn=share, hidden=share)
+
+
 VARIANTS: dict[str, Variant] = {
     "distilled": _distilled(),
     "student3": _distilled(),
@@ -95,6 +100,7 @@ VARIANTS: dict[str, Variant] = {
     **{f"group{p}": _distilled(_slim(p, criterion="group_taylor")) for p in (50, 25)},
     **{f"global{p}": _distilled(_slim(p, ranking="global")) for p in (50, 25)},
     **{f"l0_{p}": _distilled(_slim(p, criterion="l0")) for p in (50, 25)},
+    **{f"hidden{p}": _distilled(_everywhere(p / 100), hidden_weight=0.0) for p in (75, 50)},
     "everything": _distilled(
         _slim(50),
         partial(SoftThresholdRank, target_params=0.75),
