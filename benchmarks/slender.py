@@ -62,7 +62,7 @@ from lightning_compress.runtime import packed_encoder
 
 FOLDER = Path("runs") / "benchmarks"
 RESULTS, CURVE, LATENCY = "slender.jsonl", "slender_curve.jsonl", "slender_latency.jsonl"
-THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65)
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.68)
 
 Variant = Callable[[str], list[Callback]]
 """From the folder of the teacher to callbacks."""
@@ -93,6 +93,8 @@ VARIANTS: dict[str, Variant] = {
     "exits": _distilled(_exits()),
     "exits_alone": lambda _: [MultiExit()],
     "sums": _distilled(_exits(equilibrium=False)),
+    "mean": _distilled(_exits(pooling="mean")),
+    "pooler": _distilled(_exits(pooler=True)),
     **{f"slim{p}": _distilled(_slim(p)) for p in (75, 50, 33, 25, 12)},
     **{f"undistilled{p}": lambda _, p=p: [_slim(p)()] for p in (50, 25)},
     **{f"joint{p}": _distilled(_slim(p), _exits()) for p in (75, 50, 33, 25, 12)},
