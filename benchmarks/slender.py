@@ -98,6 +98,8 @@ VARIANTS: dict[str, Variant] = {
     **{f"slim{p}": _distilled(_slim(p)) for p in (75, 50, 33, 25, 12)},
     **{f"undistilled{p}": lambda _, p=p: [_slim(p)()] for p in (50, 25)},
     **{f"joint{p}": _distilled(_slim(p), _exits()) for p in (75, 50, 33, 25, 12)},
+    "calibrated50": _distilled(_slim(50, calibration_batches=16), _exits()),
+    "uncalibrated50": _distilled(_slim(50, calibration_batches=16, importance_from="final_exit"), _exits()),
     **{f"later{p}": _distilled(_exits()) for p in (50, 25)},
     **{f"group{p}": _distilled(_slim(p, criterion="group_taylor")) for p in (50, 25)},
     **{f"global{p}": _distilled(_slim(p, ranking="global")) for p in (50, 25)},

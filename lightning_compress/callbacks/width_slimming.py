@@ -35,6 +35,8 @@ class WidthSlimming(CompressionCallback):
         end: Share of training after which widths are those of deployment, in (start, 1].
         steps: Equal steps in which widths fall; by default one for each head that a layer loses, 8 where none does.
         calibration_batches: Batches of a separate pass before each step; 0 reads gradients of the ordinary steps.
+        importance_from: Whose losses importance is read off where the model has exits: of all of them, or in the
+            separate pass of the model's own head alone, ``"final_exit"``.
         ffn_multiple: Neurons kept are a multiple of this; by default up to 64, as the FFN's size allows.
         gate_lr: Learning rate of the gates by criterion ``"l0"``; by default from the length of the search.
         module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
@@ -67,6 +69,7 @@ class WidthSlimming(CompressionCallback):
         end: float = Config.end,
         steps: int | None = Config.steps,
         calibration_batches: int = Config.calibration_batches,
+        importance_from: Literal["all_exits", "final_exit"] = Config.importance_from,
         ffn_multiple: int | None = Config.ffn_multiple,
         gate_lr: float | None = Config.gate_lr,
         module: str | None = None,
@@ -87,6 +90,7 @@ class WidthSlimming(CompressionCallback):
             end=end,
             steps=steps,
             calibration_batches=calibration_batches,
+            importance_from=importance_from,
             ffn_multiple=ffn_multiple,
             gate_lr=gate_lr,
         )

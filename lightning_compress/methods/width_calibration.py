@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.methods.width_config import ImportanceFrom
 from lightning_compress.nn.importance import ImportanceMeter
 from lightning_compress.nn.label_loss import label_loss, next_token_loss
+from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits, has_exits
 
 __all__ = ["BatchRecorder", "check_trainable", "complete_importance", "measure_importance"]
@@ -101,7 +103,7 @@ def check_trainable(model: nn.Module, meter: ImportanceMeter) -> None:
 
 
 def complete_importance(
-    model: nn.Module, meter: ImportanceMeter, recorder: BatchRecorder, *, per_exit: bool = False
+    model: nn.Module, meter: ImportanceMeter, recorder: BatchRecorder, **settings: Any
 ) -> None:
     """Complete the importance that a coming choice rests on, the same in all processes.
 
@@ -109,11 +111,11 @@ def complete_importance(
         model: The model.
         meter: What ordinary steps have told so far, if they are read.
         recorder: Batches for a separate pass, if there is one.
-        per_exit: See :func:`measure_importance`.
+        settings: See :func:`measure_importance`.
     """
     if recorder.size and recorder.batches:
         with recorder.paused():
-            measure_importance(model, meter, recorder.batches, per_exit=per_exit)
+            measure_importance(model, meter, recorder.batches, **settings)
     if not meter.num_passes:  # converted before a training step: the size of the weights is all there is
         meter.add_sizes()
     meter.reduce()
@@ -124,17 +126,21 @@ def measure_importance(
     meter: ImportanceMeter,
     batches: Iterable[Mapping[str, Tensor]],
     *,
+    importance_from: ImportanceFrom = "all_exits",
     per_exit: bool = False,
 ) -> None:
     """Add the importance of some batches, in evaluation mode; no gradient is left on any parameter.
 
-    The loss is the sum over the exits' label losses, where a model has exits, and the model's own. With ``per_exit``
-    each of them is a pass of its own, so that exits cannot cancel each other.
+    The loss is the sum over the exits' label losses, where a model has exits, and the model's own, with balanced
+    gradients if training balances them. With ``per_exit`` each of them is a pass of its own, so that exits cannot
+    cancel each other.
 
     Args:
         model: The model.
         meter: Where scores are added.
         batches: Arguments of the model's forward, labels among them.
+        importance_from: Whose losses count: all exits', or ``"final_exit"``, the model's own alone, whose gradients
+            are not shared among exits.
         per_exit: Whether scores are added exit by exit.
 
     Raises:
@@ -144,9 +150,10 @@ def measure_importance(
     Departs from the paper: labels alone, where the official code adds what its teacher says.
     """
     parameters, device = meter.parameters(), next(model.parameters()).device
-    with _evaluating(model), torch.enable_grad():
+    is_whole = importance_from == "all_exits"
+    with _evaluating(model), _balanced(model, is_whole), torch.enable_grad():
         for batch in batches:
-            losses = _losses(model, {name: value.to(device) for name, value in batch.items()})
+            losses = _losses(model, {name: value.to(device) for name, value in batch.items()}, is_whole)
             losses = losses if per_exit else [torch.stack(losses).sum()]
             for index, loss in enumerate(losses):
                 more = index + 1 < len(losses)
@@ -155,11 +162,11 @@ def measure_importance(
                 meter.add(lambda parameter, known=gradients: known.get(id(parameter)))
 
 
-def _losses(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Label losses of all exits, the model's own last."""
+def _losses(model: nn.Module, batch: dict[str, Tensor], is_whole: bool) -> list[Tensor]:
+    """Label losses of all exits, the model's own last, or that alone."""
     labels = _check_labels(batch)
     loss = model(**batch).loss
-    early = exit_logits(model).values() if has_exits(model) else ()
+    early = exit_logits(model).values() if is_whole and has_exits(model) else ()
     costs = [
         next_token_loss(logits, labels) if logits.dim() == 3 else label_loss(logits, labels)
         for logits in early
@@ -175,6 +182,20 @@ def _check_labels(given: Mapping[str, Any]) -> Tensor:
             "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
         )
     return labels
+
+
+@contextmanager
+def _balanced(model: nn.Module, is_balanced: bool) -> Iterator[None]:
+    """Share gradients among exits as training does, or not at all."""
+    taps = None if is_balanced else LayerTaps.on(model)
+    if taps is None:
+        yield
+        return
+    equilibrium, taps.equilibrium = taps.equilibrium, None
+    try:
+        yield
+    finally:
+        taps.equilibrium = equilibrium
 
 
 @contextmanager

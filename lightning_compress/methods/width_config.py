@@ -11,10 +11,12 @@ from typing import ClassVar, Literal, TypeAlias
 from lightning_compress.methods.base import MethodConfig, check, check_choice
 from lightning_compress.nn.width_costs import Scope
 
-__all__ = ["Width", "WidthSlimmingConfig"]
+__all__ = ["ImportanceFrom", "Width", "WidthSlimmingConfig"]
 
 Width: TypeAlias = int | float | None
 """How many are kept, or which share; None leaves it open."""
+ImportanceFrom: TypeAlias = Literal["all_exits", "final_exit"]
+"""Whose losses importance is read off, where a model has exits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,9 @@ class WidthSlimmingConfig(MethodConfig):
     """Equal steps in which widths fall; by default one for each head that a layer loses, 8 where none does."""
     calibration_batches: int = 0
     """Batches of a separate pass before each step; 0 reads the gradients of the ordinary steps."""
+    importance_from: ImportanceFrom = "all_exits"
+    """Whose losses importance is read off where the model has exits: of all of them, or in the separate pass of the
+    model's own head alone, ``"final_exit"``."""
     ffn_multiple: int | None = None
     """Neurons kept are a multiple of this; by default up to 64, as the FFN's size allows."""
     gate_lr: float | None = None
@@ -101,6 +106,21 @@ class WidthSlimmingConfig(MethodConfig):
             self.criterion != "l0" or (self.hidden is None and self.calibration_batches == 0),
             "criterion='l0' learns gates of heads and neurons while training: it takes neither hidden nor "
             "calibration_batches",
+        )
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        check_choice(self, "importance_from", ("all_exits", "final_exit"))
+        is_whole = self.importance_from == "all_exits"
+        check(
+            is_whole or self.criterion in ("taylor", "group_taylor"),
+            f"importance_from='final_exit' leaves criterion={self.criterion!r} nothing to read: it goes with 'taylor' "
+            "or 'group_taylor'",
+        )
+        check(
+            is_whole or self.calibration_batches > 0,
+            "importance_from='final_exit' asks the model's own head alone, but ordinary steps have gradients of the "
+            "sum of all losses: give calibration_batches, e.g. 32, for a pass of its own",
         )
 
     @property

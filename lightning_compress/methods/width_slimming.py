@@ -232,7 +232,11 @@ def prune(handle: WidthSlimmingHandle, done: int) -> None:
         gates.embeddings.close(table.weight, counts.embedding_rank)
     if gates.multipliers is None:
         complete_importance(
-            handle.model, handle.meter, handle.recorder, per_exit=config.criterion == "per_exit"
+            handle.model,
+            handle.meter,
+            handle.recorder,
+            importance_from=config.importance_from,
+            per_exit=config.criterion == "per_exit",
         )
         gates.close(plan.choose(handle.meter.layers, gates.masks, counts, done, ranking=config.ranking))
         if gates.hidden is not None and handle.meter.hidden_D is not None:

@@ -14,7 +14,7 @@ from lightning_compress.methods.width_calibration import BatchRecorder, measure_
 from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_slimming import prepare
 from lightning_compress.nn.importance import ImportanceMeter
-from lightning_compress.nn.layer_taps import LayerTaps
+from lightning_compress.nn.layer_taps import LayerTaps, exits_above
 from lightning_compress.nn.multi_exit import exit_logits, install_exits
 from tests.toys import tiny_bert
 from tests.toys_slimming import batch, slimmed
@@ -56,6 +56,26 @@ def test_all_exits_have_a_say(per_exit: bool) -> None:
     assert meter.num_passes == (3 if per_exit else 1)
     for layer, reference in zip(meter.layers, expected.layers, strict=True):
         assert torch.allclose(layer.neurons_F, reference.neurons_F, rtol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "group_taylor"])
+def test_the_final_exit_alone_has_a_say_where_asked(criterion: Any) -> None:
+    torch.manual_seed(0)
+    model, plain = tiny_bert(num_hidden_layers=3), tiny_bert(num_hidden_layers=3)
+    install_exits(model, [0, 1], pooling="cls", pooler=False, dropout=0.1)
+    taps = LayerTaps.of(model)
+    taps.equilibrium = exits_above([0, 1], num_layers=3)
+    one = batch()
+    final, whole, expected = (ImportanceMeter(m, criterion, hidden=True) for m in (model, model, plain))
+    measure_importance(model, final, [one], importance_from="final_exit")
+    assert taps.equilibrium == {0: 3, 1: 2, 2: 1}
+    measure_importance(model, whole, [one])
+    plain.eval()(**one).loss.backward()
+    expected.add()
+    for layer, reference in zip(final.layers, expected.layers, strict=True):
+        assert torch.allclose(layer.heads_G, reference.heads_G, rtol=1e-4)
+        assert torch.allclose(layer.neurons_F, reference.neurons_F, rtol=1e-4)
+    assert not torch.allclose(whole.layers[0].heads_G, expected.layers[0].heads_G, rtol=0.05)
 
 
 def test_batches_without_labels_are_refused_with_the_remedy() -> None:
@@ -105,7 +125,7 @@ def test_a_separate_pass_sees_the_latest_batches(criterion: Any, monkeypatch: py
 
     monkeypatch.setattr(width_calibration, "measure_importance", spy)
     handle = slimmed(10, heads=2, criterion=criterion, calibration_batches=3)
-    assert seen == [(3, {"per_exit": criterion == "per_exit"})] * 2
+    assert seen == [(3, {"importance_from": "all_exits", "per_exit": criterion == "per_exit"})] * 2
     assert handle.recorder.batches == [] and handle.model.training
     assert not handle.model._forward_pre_hooks
 

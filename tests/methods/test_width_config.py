@@ -31,6 +31,13 @@ from lightning_compress.methods.width_config import WidthSlimmingConfig
         ({"heads": 1, "ffn": 2, "target_params": 0.9}, "but heads and ffn are: leave out one of them"),
         ({"heads": 1, "ffn": 2, "target_flops": 0.9}, "but heads and ffn are: leave out one of them"),
         ({"criterion": "l0", "hidden": 16}, "takes neither hidden nor"),
+        ({"importance_from": "teacher"}, "importance_from='teacher' is not one of"),
+        ({"importance_from": "final_exit"}, "sum of all losses: give calibration_batches"),
+        ({"importance_from": "final_exit", "criterion": "l0"}, "leaves criterion='l0' nothing to read"),
+        (
+            {"importance_from": "final_exit", "criterion": "per_exit", "calibration_batches": 2},
+            "leaves criterion='per_exit' nothing to read",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
