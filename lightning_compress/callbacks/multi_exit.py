@@ -44,7 +44,7 @@ class MultiExit(CompressionCallback):
         max_drop: Instead: by how much the validation score may be below that of all layers, in [0, 1).
         normalized: Whether entropies are a share of that of equal probabilities, in [0, 1], instead of nats.
         tolerance: Of ``rule="patience"`` in regression: by how much two exits may differ that say the same, positive.
-        pooling: What an exit reads: ``"cls"``, the first token, or ``"mean"``, the mean over tokens without padding.
+        pooling: What an exit reads: ``"mean"``, the mean over tokens without padding, or ``"cls"``, the first token.
         pooler: Whether each exit has a dense layer before its ``tanh``, like BERT's pooler.
         dropout: Probability of the dropout in exits, in [0, 1).
         label_weight: Weight of the exits' losses against the labels, at least 0; they are known where the model is

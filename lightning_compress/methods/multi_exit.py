@@ -61,8 +61,8 @@ class MultiExitConfig(MethodConfig):
     """Whether entropies are a share of that of equal probabilities, in [0, 1], instead of nats."""
     tolerance: float = 0.1
     """Of ``rule="patience"`` in regression: by how much two exits may differ that say the same, positive."""
-    pooling: Pooling = "cls"
-    """What an exit reads: ``"cls"``, the first token, or ``"mean"``, the mean over tokens without padding."""
+    pooling: Pooling = "mean"
+    """What an exit reads: ``"mean"``, the mean over tokens without padding, or ``"cls"``, the first token."""
     pooler: bool = False
     """Whether each exit has a dense layer before its ``tanh``, like BERT's pooler."""
     dropout: float = 0.1
