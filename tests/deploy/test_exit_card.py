@@ -74,8 +74,7 @@ def test_a_threshold_of_probabilities_falls_for_earlier_exits() -> None:
     [
         (
             {},
-            "There is an exit after layers 0, 1, 2, counted from 0: `tanh` and a linear layer on the mean over the text's "
-            "tokens.",
+            "There is an exit after layers 0, 1, 2, counted from 0: `tanh` and a linear layer on the mean over",
         ),
         ({"exits": (1,)}, "There is an exit after layer 1, counted from 0"),
         ({"pooler": True}, "counted from 0: a dense layer, `tanh` and a linear layer"),
