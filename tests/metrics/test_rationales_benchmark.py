@@ -3,7 +3,6 @@
 Shape legend: B documents, T padded length.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,22 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_compress.nn.contribution_token_dropping import ContributionPolicy
 from lightning_compress.runtime import pack, packed_encoder
+from tests.benchmark_scripts import load_benchmark
 from tests.toys import tiny_bert
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rationales.py"
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "##ness", "bad", "film", "a", ",", "very"]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The benchmark, imported from its file."""
-    spec = importlib.util.spec_from_file_location("rationales_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("rationales")
 
 
 @pytest.fixture(scope="module")

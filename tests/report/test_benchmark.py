@@ -1,5 +1,4 @@
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,19 +8,13 @@ import torch
 
 from lightning_compress.nn.flops import count_parameters
 from lightning_compress.report.latency_table import LatencyTable
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "latency.py"
+from tests.benchmark_scripts import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The benchmark, imported from its file."""
-    spec = importlib.util.spec_from_file_location("latency_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("latency")
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25])

@@ -1,24 +1,15 @@
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "exits.py"
+from tests.benchmark_scripts import load_benchmark
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
     """The benchmark, imported from its file."""
-    spec = importlib.util.spec_from_file_location("exits_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # data classes look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("exits")
 
 
 def test_a_share_of_the_batch_leaves_where_it_is_told_to(script: ModuleType) -> None:

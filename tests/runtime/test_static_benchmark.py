@@ -1,6 +1,4 @@
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,24 +7,17 @@ import pytest
 import torch
 
 from lightning_compress.deploy import save_pretrained
+from tests.benchmark_scripts import load_benchmark
 from tests.toys import tiny_bert
 from tests.toys_dropping import dropping_bert
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SIZES: dict[str, Any] = {"vocab_size": 30522, "max_position_embeddings": 64}
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark, imported from its file beside the one it shares data with."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("static_benchmark", FOLDER / "static.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.delitem(sys.modules, "token_dropping")
-    return module
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The benchmark, imported from its file."""
+    return load_benchmark("static")
 
 
 @pytest.fixture
