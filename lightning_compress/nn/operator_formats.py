@@ -131,7 +131,7 @@ def preset(
     if name not in _BITS:
         raise ValueError(f"preset={name!r} is not one of {list(_BITS)}")
     chosen = _chosen(name, operators)
-    widths = _BITS[name] | _overrides(name, bits or {})
+    widths = {**_BITS[name], **_overrides(name, bits or {})}
     rows, columns = (1, 0) if block == "row" else _pair(block)
     static = BlockFormat(8, (rows, columns), factor)
     moving = BlockFormat(8, (min(rows, 1), columns), factor)
