@@ -30,6 +30,7 @@ from lightning_compress.auxiliary import AuxiliaryOptimizer
 from lightning_compress.losses import TASK_TERMS, TERMS
 from lightning_compress.methods import (
     METHODS,
+    Companion,
     GradientReader,
     MethodConfig,
     MethodHandle,
@@ -356,6 +357,9 @@ class Compressor:
 
     def _follow_handles(self) -> None:
         self._auxiliary = AuxiliaryOptimizer(self.handles.values())
+        for handle in self.handles.values():
+            if isinstance(handle, Companion):
+                handle.meet(self.handles)
 
     def _warn_of_changed_configs(self, plan: CompressionPlan) -> None:
         for record in plan.methods:

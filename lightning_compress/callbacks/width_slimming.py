@@ -37,6 +37,8 @@ class WidthSlimming(CompressionCallback):
         calibration_batches: Batches of a separate pass before each step; 0 reads gradients of the ordinary steps.
         importance_from: Whose losses importance is read off where the model has exits: of all of them, or in the
             separate pass of the model's own head alone, ``"final_exit"``.
+        importance_loss: What the separate pass takes gradients of: losses against labels, or ``"official"``, what the
+            official code compares with the teacher of a ``Distillation`` in the same run.
         ffn_multiple: Neurons kept are a multiple of this; by default up to 64, as the FFN's size allows.
         gate_lr: Learning rate of the gates by criterion ``"l0"``; by default from the length of the search.
         module: Dotted path of the transformer inside the LightningModule, where it cannot be found unaided.
@@ -70,6 +72,7 @@ class WidthSlimming(CompressionCallback):
         steps: int | None = Config.steps,
         calibration_batches: int = Config.calibration_batches,
         importance_from: Literal["all_exits", "final_exit"] = Config.importance_from,
+        importance_loss: Literal["labels", "official"] = Config.importance_loss,
         ffn_multiple: int | None = Config.ffn_multiple,
         gate_lr: float | None = Config.gate_lr,
         module: str | None = None,
@@ -91,6 +94,7 @@ class WidthSlimming(CompressionCallback):
             steps=steps,
             calibration_batches=calibration_batches,
             importance_from=importance_from,
+            importance_loss=importance_loss,
             ffn_multiple=ffn_multiple,
             gate_lr=gate_lr,
         )

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress.losses.base import LossMixin
-from lightning_compress.losses.distillation import prediction_distance
 from lightning_compress.nn.label_loss import IGNORED, label_loss, next_token_loss
 from lightning_compress.nn.multi_exit import SharedExits, exit_logits, exit_states, shared_logits
+from lightning_compress.nn.soft_label_loss import prediction_distance
 
 __all__ = [
     "TASK_TERMS",

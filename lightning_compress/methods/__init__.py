@@ -14,6 +14,7 @@ from lightning_compress.methods import (
 )
 from lightning_compress.methods.base import (
     AuxiliaryGroup,
+    Companion,
     GradientReader,
     MethodConfig,
     MethodHandle,
@@ -27,6 +28,7 @@ from lightning_compress.plan import CompressionPlan, PlanError
 __all__ = [
     "METHODS",
     "AuxiliaryGroup",
+    "Companion",
     "GradientReader",
     "MethodConfig",
     "MethodHandle",

@@ -6,6 +6,7 @@ dataclass. ``prepare`` returns a handle; this file states what the rest of the l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from lightning_compress.nn.surgery import Ledger
 
 __all__ = [
     "AuxiliaryGroup",
+    "Companion",
     "GradientReader",
     "MethodConfig",
     "MethodHandle",
@@ -137,6 +139,19 @@ class GradientReader(Protocol):
 
     def read_gradients(self) -> None:
         """Read the parameters' gradients, averaged over processes and not yet clipped, before the optimizer steps."""
+        ...
+
+
+@runtime_checkable
+class Companion(Protocol):
+    """A handle that looks at what other methods have prepared on the same model."""
+
+    def meet(self, handles: Mapping[str, MethodHandle]) -> None:
+        """Get to know the handles of all methods, by stem; called whenever all of them are there.
+
+        Raises:
+            ValueError: If one that is needed does not take part, or cannot help.
+        """
         ...
 
 

@@ -23,13 +23,13 @@ from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.distillation import (
     Lesson,
     LogitsRecorder,
-    Prediction,
     compare,
     layer_map,
     stop_recording,
 )
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import has_exits
+from lightning_compress.nn.soft_label_loss import Prediction
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import PlanError
 from lightning_compress.runtime import packed_encoder, unpack
@@ -169,11 +169,35 @@ class DistillationHandle:
         """Let the teacher read the latest texts; None before distillation starts."""
         if self.phase == "waiting":
             return None
-        config, texts = self.config, self.taps.inputs.get("input_ids")
+        config = self.config
+        return self._compared(logits=config.logit_weight > 0, hidden=config.hidden_weight > 0)
+
+    def full_lesson(self) -> Lesson:
+        """Let the teacher read the latest texts, whatever the phase and the weights.
+
+        Raises:
+            ValueError: If there is no teacher yet, and it cannot be loaded or does not fit.
+        """
+        self.settle()
+        return self._compared(logits=True, hidden=True)
+
+    def _compared(self, *, logits: bool, hidden: bool) -> Lesson:
+        texts = self.taps.inputs.get("input_ids")
         teacher = self.teacher.model if texts is None else self.teacher.on(texts.device)
         assert teacher is not None, "the teacher settles at the start"
-        logits = self.recorder.logits if config.logit_weight > 0 else None
-        return compare(self.model, teacher, self.guides, logits=logits, hidden=config.hidden_weight > 0)
+        said = self.recorder.logits if logits else None
+        return compare(self.model, teacher, self.guides, logits=said, hidden=hidden)
+
+    def settle(self) -> None:
+        """See to it that there is a teacher, and that each layer knows whom it learns from.
+
+        Raises:
+            ValueError: If the teacher cannot be loaded or does not fit.
+        """
+        if self.teacher.model is None:
+            self.teacher.settle(self.model)
+        assert self.teacher.model is not None
+        self.guides = self.guides or _guides(self.teacher.model, self.model, self.config)
 
     def open_resources(self) -> None:
         """Load the teacher, if it is another model."""
@@ -260,15 +284,12 @@ def update(handle: DistillationHandle, progress: float) -> None:
     Raises:
         ValueError: If there is no teacher yet, and it cannot be loaded or does not fit.
     """
-    config, teacher = handle.config, handle.teacher
-    teacher.open(handle.model)
+    config = handle.config
+    handle.teacher.open(handle.model)
     if progress < config.start:
         handle.phase = "waiting"
         return
-    if teacher.model is None:
-        teacher.settle(handle.model)
-    assert teacher.model is not None
-    handle.guides = handle.guides or _guides(teacher.model, handle.model, config)
+    handle.settle()
     handle.phase = "hidden" if config.is_hidden_only(progress) else "joint"
 
 

@@ -11,19 +11,45 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.methods.width_config import ImportanceFrom
+from lightning_compress.nn.distillation import Lesson
 from lightning_compress.nn.importance import ImportanceMeter
+from lightning_compress.nn.importance_loss import official_losses
 from lightning_compress.nn.label_loss import label_loss, next_token_loss
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits, has_exits
+from lightning_compress.nn.soft_label_loss import Prediction
 
-__all__ = ["BatchRecorder", "check_trainable", "complete_importance", "measure_importance"]
+__all__ = [
+    "BatchRecorder",
+    "Guide",
+    "check_guide",
+    "check_trainable",
+    "complete_importance",
+    "measure_importance",
+]
+
+
+class Guide(Protocol):
+    """Who asks a teacher for the official loss: the handle of Distillation."""
+
+    config: Any
+
+    @property
+    def prediction(self) -> Prediction:
+        """What logits stand for."""
+        ...
+
+    def full_lesson(self) -> Lesson:
+        """Put side by side what student and teacher say of the student's latest texts."""
+        ...
 
 
 class BatchRecorder:
@@ -102,6 +128,37 @@ def check_trainable(model: nn.Module, meter: ImportanceMeter) -> None:
         )
 
 
+def check_guide(guide: Guide | None, first_step: float) -> Guide:
+    """Return who asks the teacher, if there is a teacher to ask when widths fall.
+
+    Args:
+        guide: The handle of Distillation, None where it does not take part.
+        first_step: Progress at which widths fall for the first time.
+
+    Raises:
+        ValueError: If there is none, it compares only one of the two things that the official loss is made of, or the
+            teacher is a copy of the model that is taken later.
+    """
+    if guide is None:
+        raise ValueError(
+            "importance_loss='official' compares with a teacher, but none takes part: add Distillation to this run, or "
+            "leave importance_loss at 'labels'"
+        )
+    config = guide.config
+    if config.hidden_weight == 0 or config.logit_weight == 0:
+        raise ValueError(
+            "importance_loss='official' compares hidden states and predictions with the teacher's, but Distillation "
+            f"has hidden_weight={config.hidden_weight} and logit_weight={config.logit_weight}: give both a weight "
+            "above 0, or leave importance_loss at 'labels'"
+        )
+    if config.teacher == "self" and config.start >= first_step:
+        raise ValueError(
+            f"importance_loss='official' asks the teacher when widths fall for the first time, at {first_step:.3g} of "
+            f"training, but Distillation(teacher='self') has one from start={config.start} on: let it start before"
+        )
+    return guide
+
+
 def complete_importance(
     model: nn.Module, meter: ImportanceMeter, recorder: BatchRecorder, **settings: Any
 ) -> None:
@@ -127,6 +184,7 @@ def measure_importance(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     importance_from: ImportanceFrom = "all_exits",
+    guide: Guide | None = None,
     per_exit: bool = False,
 ) -> None:
     """Add the importance of some batches, in evaluation mode; no gradient is left on any parameter.
@@ -141,19 +199,21 @@ def measure_importance(
         batches: Arguments of the model's forward, labels among them.
         importance_from: Whose losses count: all exits', or ``"final_exit"``, the model's own alone, whose gradients
             are not shared among exits.
+        guide: Who asks the teacher for the official loss; None takes labels alone.
         per_exit: Whether scores are added exit by exit.
 
     Raises:
         ValueError: If a batch has no labels.
 
     Paper: COST-EFF, specification §3.2 and §6-B, A1.
-    Departs from the paper: labels alone, where the official code adds what its teacher says.
+    Departs from the paper: labels alone, unless there is a ``guide``. With that and ``"final_exit"`` the states of the
+        last layer alone are compared.
     """
     parameters, device = meter.parameters(), next(model.parameters()).device
     is_whole = importance_from == "all_exits"
     with _evaluating(model), _balanced(model, is_whole), torch.enable_grad():
         for batch in batches:
-            losses = _losses(model, {name: value.to(device) for name, value in batch.items()}, is_whole)
+            losses = _losses(model, {n: value.to(device) for n, value in batch.items()}, guide, is_whole)
             losses = losses if per_exit else [torch.stack(losses).sum()]
             for index, loss in enumerate(losses):
                 more = index + 1 < len(losses)
@@ -162,8 +222,8 @@ def measure_importance(
                 meter.add(lambda parameter, known=gradients: known.get(id(parameter)))
 
 
-def _losses(model: nn.Module, batch: dict[str, Tensor], is_whole: bool) -> list[Tensor]:
-    """Label losses of all exits, the model's own last, or that alone."""
+def _losses(model: nn.Module, batch: dict[str, Tensor], guide: Guide | None, is_whole: bool) -> list[Tensor]:
+    """Losses of all exits, the model's own last, or that alone; with a teacher those of hidden states too."""
     labels = _check_labels(batch)
     loss = model(**batch).loss
     early = exit_logits(model).values() if is_whole and has_exits(model) else ()
@@ -171,7 +231,12 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], is_whole: bool) -> list[
         next_token_loss(logits, labels) if logits.dim() == 3 else label_loss(logits, labels)
         for logits in early
     ]
-    return [*costs, loss]
+    if guide is None:
+        return [*costs, loss]
+    lesson = guide.full_lesson()
+    if not is_whole:
+        lesson = replace(lesson, states=lesson.states[-1:], logits=lesson.logits[-1:])
+    return official_losses(lesson, [*costs, loss], guide.prediction)
 
 
 def _check_labels(given: Mapping[str, Any]) -> Tensor:

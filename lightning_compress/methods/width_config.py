@@ -62,6 +62,9 @@ class WidthSlimmingConfig(MethodConfig):
     importance_from: ImportanceFrom = "all_exits"
     """Whose losses importance is read off where the model has exits: of all of them, or in the separate pass of the
     model's own head alone, ``"final_exit"``."""
+    importance_loss: Literal["labels", "official"] = "labels"
+    """What the separate pass takes gradients of: losses against labels, or ``"official"``, what the official code
+    compares with the teacher of a ``Distillation`` in the same run."""
     ffn_multiple: int | None = None
     """Neurons kept are a multiple of this; by default up to 64, as the FFN's size allows."""
     gate_lr: float | None = None
@@ -110,6 +113,12 @@ class WidthSlimmingConfig(MethodConfig):
         self._check_sources()
 
     def _check_sources(self) -> None:
+        check_choice(self, "importance_loss", ("labels", "official"))
+        check(
+            self.importance_loss == "labels" or (self.criterion != "l0" and self.calibration_batches > 0),
+            "importance_loss='official' is the loss of a separate pass: give calibration_batches, e.g. 32, and a "
+            f"criterion that reads gradients (it is {self.criterion!r}), or leave it at 'labels'",
+        )
         check_choice(self, "importance_from", ("all_exits", "final_exit"))
         is_whole = self.importance_from == "all_exits"
         check(

@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 from lightning_compress.methods.base import AuxiliaryGroup
-from lightning_compress.methods.width_calibration import BatchRecorder, check_trainable, complete_importance
+from lightning_compress.methods.width_calibration import (
+    BatchRecorder,
+    Guide,
+    check_guide,
+    check_trainable,
+    complete_importance,
+)
 from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_plan import WidthPlan, plan_widths
 from lightning_compress.nn.anatomy import describe
@@ -69,6 +75,8 @@ class WidthSlimmingHandle:
     done: int = 0
     """Steps of the schedule taken."""
     gate_lr: float = 0.0
+    guide: Guide | None = None
+    """Who asks the teacher, if importance is read off what it says."""
 
     @property
     def costs(self) -> WidthCosts:
@@ -120,6 +128,17 @@ class WidthSlimmingHandle:
         """
         if self.plan.final.hidden is not None:
             check_hidden(self.model, range(self.plan.final.hidden))
+
+    def meet(self, handles: Mapping[str, Any]) -> None:
+        """Find the teacher that importance is read off, if settings ask for it.
+
+        Raises:
+            ValueError: If there is none when widths fall.
+        """
+        config = self.config
+        if config.importance_loss == "official":
+            first_step = config.start + (config.end - config.start) / self.plan.steps
+            self.guide = check_guide(handles.get("distillation"), first_step)
 
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The learned gates and their multipliers, if there are any."""
@@ -236,6 +255,7 @@ def prune(handle: WidthSlimmingHandle, done: int) -> None:
             handle.meter,
             handle.recorder,
             importance_from=config.importance_from,
+            guide=handle.guide,
             per_exit=config.criterion == "per_exit",
         )
         gates.close(plan.choose(handle.meter.layers, gates.masks, counts, done, ranking=config.ranking))

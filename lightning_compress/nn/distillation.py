@@ -14,7 +14,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,7 @@ from lightning_compress.nn.layer_taps import EMBEDDINGS, LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits, has_exits
 from lightning_compress.nn.tape import TokensKept
 
-__all__ = ["Lesson", "LogitsRecorder", "Prediction", "compare", "kept_tokens", "layer_map", "stop_recording"]
-
-Prediction = Literal["classes", "labels", "numbers"]
-"""What logits stand for: one of several classes, several labels each true or not, or plain numbers."""
+__all__ = ["Lesson", "LogitsRecorder", "compare", "kept_tokens", "layer_map", "stop_recording"]
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from lightning_compress import load, save_pretrained
 from lightning_compress.callbacks import (
     BottleneckTokenDropping,
+    Distillation,
     MultiExit,
     SoftThresholdRank,
     WidthSlimming,
@@ -193,17 +194,27 @@ def test_slimming_shows_in_the_shapes_that_a_packed_encoder_runs() -> None:
 
 
 def run(
-    callbacks: list[Callback], ckpt_path: Path | None = None, seed: int = 0, **settings: Any
+    callbacks: list[Callback],
+    ckpt_path: Path | None = None,
+    seed: int = 0,
+    company: tuple[Any, ...] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     """Fit with dropout; return what must be equal at the end."""
     method = WidthSlimming(**{"target_params": 0.5, "convert": False, **settings})
-    return run_to_the_end(Scheduled(**DROPOUT), [method, *callbacks], ckpt_path=ckpt_path, seed=seed)
+    callbacks = [method, *(other(convert=False) for other in company), *callbacks]
+    return run_to_the_end(Scheduled(**DROPOUT), callbacks, ckpt_path=ckpt_path, seed=seed)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything by target": {"scope": "total", "ranking": "global"},
     "separate pass": {"calibration_batches": 2, "criterion": "group_taylor"},
     "learned gates": {"criterion": "l0"},
+    "teacher and exits": {
+        "calibration_batches": 2,
+        "importance_loss": "official",
+        "company": (MultiExit, Distillation),
+    },
 }
 
 

@@ -13,11 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertForQuestionAnsw
 
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, load, save_pretrained
-from lightning_compress.losses.distillation import (
-    prediction_distance,
-    representation_loss,
-    soft_cross_entropy,
-)
+from lightning_compress.losses.distillation import representation_loss
 from lightning_compress.methods import distillation
 from lightning_compress.methods.base import leaves_no_trace
 from lightning_compress.methods.distillation import DistillationConfig, convert, prepare, restore, update
@@ -26,6 +22,7 @@ from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConf
 from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import exit_logits
+from lightning_compress.nn.soft_label_loss import prediction_distance, soft_cross_entropy
 from lightning_compress.plan import PlanError
 from lightning_compress.runtime import is_packed, pack, unpack
 from tests.toys import ToyTexts, tiny_bert

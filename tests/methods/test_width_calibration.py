@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_compress.compressor import Compressor
 from lightning_compress.methods import width_calibration
+from lightning_compress.methods.distillation import DistillationConfig
+from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
 from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_slimming import prepare
@@ -78,6 +81,108 @@ def test_the_final_exit_alone_has_a_say_where_asked(criterion: Any) -> None:
     assert not torch.allclose(whole.layers[0].heads_G, expected.layers[0].heads_G, rtol=0.05)
 
 
+def taught(teacher: nn.Module, **settings: Any) -> Compressor:
+    """A model with two exits, its teacher, and importance read off the official loss."""
+    configs = [
+        WidthSlimmingConfig(heads=2, calibration_batches=2, importance_loss="official", **settings),
+        MultiExitConfig(dropout=0.0),
+        DistillationConfig(teacher="module"),
+    ]
+    resources = {"distillation": {"teacher_model": teacher}}
+    compressor = Compressor(tiny_bert(num_hidden_layers=3), configs, resources=resources)
+    compressor.prepare()
+    compressor.update(0.0)
+    return compressor
+
+
+def official_loss_by_hand(model: nn.Module, teacher: nn.Module, one: Any, exits: Any, layers: Any) -> Tensor:
+    inputs = {name: value for name, value in one.items() if name != "labels"}
+    with torch.no_grad():
+        theirs = teacher.eval()(**inputs, output_hidden_states=True)
+    own = model(**one, output_hidden_states=True)
+    said = {**exit_logits(model), 2: own.logits}
+    target_BC = theirs.logits.softmax(dim=-1)
+    loss = torch.zeros(())
+    for layer in exits:
+        loss = loss + 0.9 * F.cross_entropy(said[layer], target_BC)
+        loss = loss + 0.1 * F.cross_entropy(said[layer], one["labels"])
+    for layer in layers:
+        loss = loss + F.mse_loss(LayerTaps.of(model).latest[layer], theirs.hidden_states[layer + 1])
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("importance_from", "exits", "layers"),
+    [("all_exits", (0, 1, 2), (-1, 0, 1, 2)), ("final_exit", (2,), (2,))],
+)
+def test_the_official_loss_asks_the_teacher(importance_from: Any, exits: Any, layers: Any) -> None:
+    teacher, one = tiny_bert(seed=3, num_hidden_layers=3), batch()
+    compressor = taught(teacher, importance_from=importance_from)
+    handle: Any = compressor.handles["width_slimming"]
+    model, expected = compressor.model, ImportanceMeter(compressor.model)
+    measure_importance(model, handle.meter, [one], importance_from=importance_from, guide=handle.guide)
+    model.eval()
+    model.training = True  # nobody leaves early
+    if importance_from == "final_exit":
+        LayerTaps.of(model).equilibrium = None
+    official_loss_by_hand(model, teacher, one, exits, layers).backward()
+    expected.add()
+    for layer, reference in zip(handle.meter.layers, expected.layers, strict=True):
+        assert reference.heads_G.all()
+        assert torch.allclose(layer.heads_G, reference.heads_G, rtol=1e-3)
+        assert torch.allclose(layer.neurons_F, reference.neurons_F, rtol=1e-3)
+
+
+def test_the_schedule_reads_importance_off_the_teacher_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = taught(tiny_bert(seed=3, num_hidden_layers=3), criterion="per_exit")
+    handle: Any = compressor.handles["width_slimming"]
+    guides: list[Any] = []
+    measure = width_calibration.measure_importance
+    monkeypatch.setattr(
+        width_calibration,
+        "measure_importance",
+        lambda *args, **settings: (guides.append(settings["guide"]), measure(*args, **settings)),
+    )
+    compressor.model.train()
+    compressor.model(**batch())
+    handle.end_pass()
+    compressor.update(0.99)
+    assert guides == [compressor.handles["distillation"]] and handle.counts.heads_L == (2, 2, 2)
+
+
+OFFICIAL = {"calibration_batches": 2, "importance_loss": "official", "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("company", "message"),
+    [
+        ([], "none takes part: add Distillation"),
+        ([DistillationConfig(hidden_weight=0.0)], "hidden_weight=0.0 and logit_weight=1.0: give both"),
+        (
+            [DistillationConfig(start=0.35)],
+            r"at 0.35 of training, but Distillation\(teacher='self'\) has one from",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_be_asked_is_refused_before_training(company: Any, message: str) -> None:
+    compressor = Compressor(tiny_bert(), [WidthSlimmingConfig(**OFFICIAL), *company])
+    with pytest.raises(ValueError, match=message):
+        compressor.prepare()
+
+
+def test_a_teacher_that_is_there_when_widths_fall_is_taken() -> None:
+    compressor = Compressor(tiny_bert(), [WidthSlimmingConfig(**OFFICIAL), DistillationConfig(start=0.3)])
+    compressor.prepare()
+    compressor.model.train()
+    compressor.update(0.2)
+    compressor.model(**batch())
+    compressor.step()
+    compressor.update(0.4)  # the teacher was due between the two
+    handle: Any = compressor.handles["width_slimming"]
+    assert handle.counts.heads_L == (3, 3)
+    assert compressor.handles["distillation"].phase == "joint"
+
+
 def test_batches_without_labels_are_refused_with_the_remedy() -> None:
     model = tiny_bert()
     with pytest.raises(ValueError, match="calibration_batches=0"):
@@ -125,7 +230,10 @@ def test_a_separate_pass_sees_the_latest_batches(criterion: Any, monkeypatch: py
 
     monkeypatch.setattr(width_calibration, "measure_importance", spy)
     handle = slimmed(10, heads=2, criterion=criterion, calibration_batches=3)
-    assert seen == [(3, {"importance_from": "all_exits", "per_exit": criterion == "per_exit"})] * 2
+    assert (
+        seen
+        == [(3, {"importance_from": "all_exits", "guide": None, "per_exit": criterion == "per_exit"})] * 2
+    )
     assert handle.recorder.batches == [] and handle.model.training
     assert not handle.model._forward_pre_hooks
 
