@@ -35,6 +35,7 @@ class WidthSlimming(CompressionCallback):
         end: Share of training after which widths are those of deployment, in (start, 1].
         steps: Equal steps in which widths fall; by default one for each head that a layer loses, 8 where none does.
         calibration_batches: Batches of a separate pass before each step; 0 reads gradients of the ordinary steps.
+        calibration_seed: Which batches these are, of those that training sees before the first step.
         importance_from: Whose losses importance is read off where the model has exits: of all of them, or in the
             separate pass of the model's own head alone, ``"final_exit"``.
         importance_loss: What the separate pass takes gradients of: losses against labels, or ``"official"``, what the
@@ -71,6 +72,7 @@ class WidthSlimming(CompressionCallback):
         end: float = Config.end,
         steps: int | None = Config.steps,
         calibration_batches: int = Config.calibration_batches,
+        calibration_seed: int = Config.calibration_seed,
         importance_from: Literal["all_exits", "final_exit"] = Config.importance_from,
         importance_loss: Literal["labels", "official"] = Config.importance_loss,
         ffn_multiple: int | None = Config.ffn_multiple,
@@ -93,6 +95,7 @@ class WidthSlimming(CompressionCallback):
             end=end,
             steps=steps,
             calibration_batches=calibration_batches,
+            calibration_seed=calibration_seed,
             importance_from=importance_from,
             importance_loss=importance_loss,
             ffn_multiple=ffn_multiple,

@@ -8,7 +8,6 @@ Shape legend: B batch, T padded length, C classes or vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.methods.width_batches import BatchRecorder, check_labels
 from lightning_compress.methods.width_config import ImportanceFrom
 from lightning_compress.nn.distillation import Lesson
 from lightning_compress.nn.importance import ImportanceMeter
@@ -28,7 +27,6 @@ from lightning_compress.nn.multi_exit import exit_logits, has_exits
 from lightning_compress.nn.soft_label_loss import Prediction
 
 __all__ = [
-    "BatchRecorder",
     "Guide",
     "check_guide",
     "check_trainable",
@@ -50,67 +48,6 @@ class Guide(Protocol):
     def full_lesson(self) -> Lesson:
         """Put side by side what student and teacher say of the student's latest texts."""
         ...
-
-
-class BatchRecorder:
-    """Keeps what a model was called with in its latest training passes.
-
-    Args:
-        size: How many batches are kept; 0 records nothing.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.batches: list[dict[str, Tensor]] = []
-        self._recent: list[dict[str, Tensor]] = []
-        self._is_paused = False
-        self._handle: RemovableHandle | None = None
-
-    def attach(self, model: nn.Module) -> BatchRecorder:
-        """Listen to a model."""
-        if self.size:
-            self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
-        return self
-
-    def detach(self) -> None:
-        """Stop listening, and forget everything."""
-        self.batches, self._recent = [], []
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    @staticmethod
-    def remove_from(model: nn.Module) -> None:
-        """Take recorders off a model; nothing happens where there are none."""
-        hooks = model._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, BatchRecorder)]:
-            del hooks[key]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note the tensors of a training pass; they become part of the state by :meth:`settle`.
-
-        Raises:
-            ValueError: If there are no labels, so that no loss could be computed later.
-        """
-        if module.training and torch.is_grad_enabled() and not self._is_paused:
-            names = list(inspect.signature(module.forward).parameters)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            _check_labels(given)
-            self._recent.append({k: v.detach().clone() for k, v in given.items() if isinstance(v, Tensor)})
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not listen for a while."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-
-    def settle(self) -> None:
-        """Count what was noted; a run that stops inside a batch does that batch again."""
-        self.batches = [*self.batches, *self._recent][-self.size :] if self.size else []
-        self._recent = []
 
 
 def check_trainable(model: nn.Module, meter: ImportanceMeter) -> None:
@@ -173,6 +110,7 @@ def complete_importance(
     if recorder.size and recorder.batches:
         with recorder.paused():
             measure_importance(model, meter, recorder.batches, **settings)
+        recorder.fix()
     if not meter.num_passes:  # converted before a training step: the size of the weights is all there is
         meter.add_sizes()
     meter.reduce()
@@ -224,7 +162,7 @@ def measure_importance(
 
 def _losses(model: nn.Module, batch: dict[str, Tensor], guide: Guide | None, is_whole: bool) -> list[Tensor]:
     """Losses of all exits, the model's own last, or that alone; with a teacher those of hidden states too."""
-    labels = _check_labels(batch)
+    labels = check_labels(batch)
     loss = model(**batch).loss
     early = exit_logits(model).values() if is_whole and has_exits(model) else ()
     costs = [
@@ -237,16 +175,6 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], guide: Guide | None, is_
     if not is_whole:
         lesson = replace(lesson, states=lesson.states[-1:], logits=lesson.logits[-1:])
     return official_losses(lesson, [*costs, loss], guide.prediction)
-
-
-def _check_labels(given: Mapping[str, Any]) -> Tensor:
-    labels = given.get("labels")
-    if labels is None:
-        raise ValueError(
-            f"calibration_batches needs labels to compute a loss, but the model was called with {sorted(given)}: pass "
-            "labels to the model, or set calibration_batches=0 to read gradients of the ordinary steps"
-        )
-    return labels
 
 
 @contextmanager

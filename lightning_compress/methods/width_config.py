@@ -19,6 +19,10 @@ ImportanceFrom: TypeAlias = Literal["all_exits", "final_exit"]
 """Whose losses importance is read off, where a model has exits."""
 
 
+_WHOLE = {"text_length": 1, "calibration_batches": 0, "calibration_seed": 0, "steps": 1, "ffn_multiple": 1}
+"""Settings that are whole numbers, and the least that each may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WidthSlimmingConfig(MethodConfig):
     """What the user may choose; the callback's arguments are these fields.
@@ -59,6 +63,8 @@ class WidthSlimmingConfig(MethodConfig):
     """Equal steps in which widths fall; by default one for each head that a layer loses, 8 where none does."""
     calibration_batches: int = 0
     """Batches of a separate pass before each step; 0 reads the gradients of the ordinary steps."""
+    calibration_seed: int = 0
+    """Which batches these are, of those that training sees before the first step; each of them is as likely."""
     importance_from: ImportanceFrom = "all_exits"
     """Whose losses importance is read off where the model has exits: of all of them, or in the separate pass of the
     model's own head alone, ``"final_exit"``."""
@@ -90,7 +96,7 @@ class WidthSlimmingConfig(MethodConfig):
         )
         check_choice(self, "criterion", ("taylor", "group_taylor", "per_exit", "l0"))
         check_choice(self, "ranking", ("uniform", "global"))
-        for name, low in (("text_length", 1), ("calibration_batches", 0), ("steps", 1), ("ffn_multiple", 1)):
+        for name, low in _WHOLE.items():
             value = getattr(self, name)
             check(value is None or value >= low, f"{name}={value} is below {low}")
             check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")

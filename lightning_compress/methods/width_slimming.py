@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from lightning_compress.methods.base import AuxiliaryGroup
+from lightning_compress.methods.width_batches import BatchRecorder
 from lightning_compress.methods.width_calibration import (
-    BatchRecorder,
     Guide,
     check_guide,
     check_trainable,
@@ -177,16 +177,15 @@ class WidthSlimmingHandle:
     def state_dict(self) -> dict[str, Any]:
         """Phase, progress, importance and recorded batches; gates are in the model's own state."""
         names = ("phase", "progress", "done", "gate_lr")
-        batches = [{name: value.cpu() for name, value in batch.items()} for batch in self.recorder.batches]
         state = {name: getattr(self, name) for name in names}
-        return {**state, "importance": self.meter.state_dict(), "batches": batches}
+        return {**state, "importance": self.meter.state_dict(), "batches": self.recorder.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the phase, in the gates too."""
         for name in ("phase", "progress", "done", "gate_lr"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["importance"])
-        self.recorder.batches = [dict(batch) for batch in state["batches"]]
+        self.recorder.load_state_dict(state["batches"])
         if self.phase == "recovery":
             self.recorder.detach()
         self.gates.sample(self.phase == "slimming")
@@ -214,7 +213,7 @@ def prepare(model: nn.Module, config: WidthSlimmingConfig) -> WidthSlimmingHandl
     ledger = Ledger(model)
     ledger.on_revert(WidthGates.remove_from)
     ledger.on_revert(BatchRecorder.remove_from)
-    recorder = BatchRecorder(config.calibration_batches).attach(model)
+    recorder = BatchRecorder(config.calibration_batches, config.calibration_seed).attach(model)
     return WidthSlimmingHandle(model, config, ledger, gates, plan, meter, recorder)
 
 

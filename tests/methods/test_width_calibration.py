@@ -13,7 +13,7 @@ from lightning_compress.compressor import Compressor
 from lightning_compress.methods import width_calibration
 from lightning_compress.methods.distillation import DistillationConfig
 from lightning_compress.methods.multi_exit import MultiExitConfig
-from lightning_compress.methods.width_calibration import BatchRecorder, measure_importance
+from lightning_compress.methods.width_calibration import measure_importance
 from lightning_compress.methods.width_config import WidthSlimmingConfig
 from lightning_compress.methods.width_slimming import prepare
 from lightning_compress.nn.importance import ImportanceMeter
@@ -189,37 +189,8 @@ def test_batches_without_labels_are_refused_with_the_remedy() -> None:
         measure_importance(model, ImportanceMeter(model), [{"input_ids": batch()["input_ids"]}])
 
 
-def test_the_recorder_keeps_the_latest_training_batches() -> None:
-    model = tiny_bert()
-    recorder = BatchRecorder(2).attach(model)
-    for size in (1, 2, 3):
-        model.train()(batch(size)["input_ids"], labels=batch(size)["labels"])
-    model.eval()(batch(5)["input_ids"])
-    assert recorder.batches == []  # not part of the state yet
-    recorder.settle()
-    assert [len(one["labels"]) for one in recorder.batches] == [2, 3]
-    assert set(recorder.batches[0]) == {"input_ids", "labels"}
-    recorder.detach()
-    assert not model._forward_pre_hooks and recorder.batches == []
-
-
-def test_the_first_batch_without_labels_is_refused_not_the_first_step_of_the_schedule() -> None:
-    model = tiny_bert().train()
-    BatchRecorder(2).attach(model)
-    with pytest.raises(ValueError, match=r"called with \['input_ids'\]: pass labels"):
-        model(batch()["input_ids"])
-
-
-def test_a_recorder_of_nothing_does_not_listen() -> None:
-    model = tiny_bert()
-    recorder = BatchRecorder(0).attach(model)
-    assert not model._forward_pre_hooks
-    recorder.settle()
-    assert recorder.batches == []
-
-
 @pytest.mark.parametrize("criterion", ["taylor", "group_taylor", "per_exit"])
-def test_a_separate_pass_sees_the_latest_batches(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separate_pass_sees_the_sample_of_batches(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     measure = width_calibration.measure_importance
 

@@ -25,6 +25,8 @@ from lightning_compress.methods.width_config import WidthSlimmingConfig
         ({"start": 1.0}, "start=1.0 is outside"),
         ({"steps": 0}, "steps=0 is below 1"),
         ({"steps": 1.5}, "steps=1.5 is no whole number"),
+        ({"calibration_seed": -1}, "calibration_seed=-1 is below 0"),
+        ({"calibration_seed": 0.5}, "calibration_seed=0.5 is no whole number"),
         ({"calibration_batches": -1}, "calibration_batches=-1 is below 0"),
         ({"gate_lr": 0.0}, "gate_lr=0.0 is not positive"),
         ({"criterion": "per_exit"}, "give calibration_batches"),
