@@ -1,0 +1,86 @@
+"""What ``integer_softmax`` means, in integers; also how it runs wherever there is no kernel.
+
+The next chapter is :mod:`lightning_compress.ops.integer_softmax.triton_kernel`.
+
+Shape legend: R rows, C columns; T steps of 2^-8 down from the largest logit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_compress.ops.fixed_point import row_pieces, shift_right
+
+__all__ = ["CELLS", "FAR", "MASKED", "integer_softmax", "powers"]
+
+CELLS = 256
+"""Entries of the table of ``2 ** -f`` for f in [0, 1): half a cell is 0.14 % of a weight."""
+
+FAR = 17 * CELLS
+"""Steps at which nothing is left of a weight that has 15 digits after the point."""
+
+MASKED = 2**30
+"""Of which the negative is under every logit."""
+
+
+def integer_softmax(value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
+    """Turn rows of logits into probabilities in steps of 2^-8. Arguments are not checked.
+
+    With ``d`` the distance to the largest logit of the row, ``d * factor * 2 ** (exponent - 15)`` is by which power
+    of two a logit is smaller. Rounded to 2^-8, its fraction is looked up and its integer part is a shift; the sum
+    of the row is inverted once, ``floor(2 ** 31 / sum)``.
+
+    Args:
+        value_RC: int32 of magnitudes under 2^30.
+        exponent_R: int32.
+        seen_RC: False for what gets no probability; None sees all.
+        factor: ``log2(e)`` times the scale of the logits, times 2^15.
+
+    Returns:
+        uint8 ``[R, C]``, to be multiplied by 2^-8; 1 is 255.
+
+    Example:
+        >>> logits, exponent = torch.tensor([[0, -1, -1]]), torch.tensor([0], dtype=torch.int32)
+        >>> integer_softmax(logits.int(), exponent, None, 2**15).tolist()  # powers of two: 1/2, 1/4, 1/4
+        [[128, 64, 64]]
+    """
+    probability_RC = torch.empty(value_RC.shape, dtype=torch.uint8, device=value_RC.device)
+    if value_RC.shape[1]:
+        for piece in row_pieces(value_RC):
+            seen = None if seen_RC is None else seen_RC[piece].int()
+            probability_RC[piece] = _normalise(value_RC[piece], exponent_R[piece, None], seen, factor)
+    return probability_RC
+
+
+def _normalise(value_RC: Tensor, exponent_R1: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
+    if seen_RC is not None:  # a 0 or 1: choosing by bool takes far longer
+        value_RC = value_RC * seen_RC + (seen_RC - 1) * MASKED
+    distance_RC = value_RC.amax(1, keepdim=True) - value_RC  # [0, 2^31)
+    step_RC = _steps(distance_RC, exponent_R1, factor)
+    weight_RC = powers(value_RC.device).index_select(0, step_RC.reshape(-1)).view(value_RC.shape)
+    if seen_RC is not None:
+        weight_RC = weight_RC * seen_RC
+    sum_R1 = weight_RC.sum(1, keepdim=True)
+    inverse_R1 = 2**31 // sum_R1.clamp(min=1)  # of an empty sum: multiplied by zeros
+    return shift_right(weight_RC * inverse_R1, 23).clamp(max=255).to(torch.uint8)
+
+
+def _steps(distance_RC: Tensor, exponent_R1: Tensor, factor: int) -> Tensor:
+    """How many steps of 2^-8 each logit is down, int64 and at most FAR."""
+    shift_R1 = 7 - exponent_R1.long()
+    scaled_RC = shift_right(distance_RC.long() * factor, shift_R1.clamp(min=0))  # under 2^48
+    return (scaled_RC << (-shift_R1).clamp(0, 14)).clamp(max=FAR)  # 14: 1 is already farther than FAR
+
+
+@lru_cache
+def powers(device: torch.device) -> Tensor:
+    """Return ``2 ** (-t / 256)`` with 15 digits after the point, for t from 0 to FAR; int64.
+
+    One table of 256 entries, shifted: what a look-up and a shift give for every t is itself looked up here.
+    """
+    step_T = torch.arange(FAR + 1)
+    cell_C = (torch.exp2(-torch.arange(CELLS, dtype=torch.float64) / CELLS) * 2**15).round().long()
+    return shift_right(cell_C[step_T % CELLS], step_T // CELLS).to(device)
