@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class Ledger:
                 for name, value in entry.values.items():
                     setattr(module, name, value)
                 continue
-            like = next(module.parameters(), torch.empty(()))
+            like = next(chain(module.parameters(), self.root.parameters()), torch.empty(()))
             original = _materialise(entry.blank, like)
             carry_hooks(module, original)
             replace_module(self.root, entry.path, original)

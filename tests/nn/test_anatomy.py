@@ -199,17 +199,27 @@ def test_linears_carry_the_roles_of_their_family_in_running_order(tiny, model_ty
 
 
 @pytest.mark.parametrize(("model_type", "name"), FAMILIES)
-def test_post_norm_families_name_their_encoder_activations_and_dropouts(tiny, model_type, name):
+def test_families_name_the_activation_of_their_ffn(tiny, model_type, name):
+    model = tiny(model_type, name)
+    for layer in describe(model).layers:
+        if model_type == "mamba":
+            assert layer.activation is None
+            continue
+        activation = type(get_module(model, layer.activation)).__name__.lower()
+        assert ("silu" if model_type == "llama" else "gelu") in activation
+
+
+@pytest.mark.parametrize(("model_type", "name"), FAMILIES)
+def test_post_norm_families_name_their_encoder_and_dropouts(tiny, model_type, name):
     model = tiny(model_type, name)
     anatomy, layer = describe(model), describe(model).layers[1]
-    inner = [layer.activation, layer.attention_dropout, layer.ffn_dropout]
+    inner = [layer.attention_dropout, layer.ffn_dropout]
     if not anatomy.is_post_norm:
-        assert (anatomy.encoder, inner, layer.output_dropout) == (None, [None] * 3, None)
+        assert (anatomy.encoder, inner, layer.output_dropout) == (None, [None] * 2, None)
         return
     assert get_module(model, f"{anatomy.encoder}.layer.1") is get_module(model, layer.path)
-    assert "gelu" in type(get_module(model, layer.activation)).__name__.lower()
     assert (layer.output_dropout is None) is (model_type == "distilbert")
-    for path in [*inner[1:], *([] if layer.output_dropout is None else [layer.output_dropout])]:
+    for path in [*inner, *([] if layer.output_dropout is None else [layer.output_dropout])]:
         assert isinstance(get_module(model, path), nn.Dropout)
 
 

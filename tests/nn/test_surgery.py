@@ -85,6 +85,14 @@ def test_reverting_undoes_nested_replacements_last_first_with_zero_weights() -> 
     assert not model[0][0].weight.is_meta and bool((model[0][0].weight == 0).all())
 
 
+def test_what_took_the_place_of_a_module_may_have_no_parameters_to_tell_dtype_and_device() -> None:
+    model = nested().to(torch.bfloat16)
+    ledger = Ledger(model)
+    ledger.replace("1", nn.Identity())
+    ledger.revert()
+    assert model[1].weight.dtype == torch.bfloat16
+
+
 def test_parameters_of_a_reverted_replacement_have_heirs_too() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     ledger = Ledger(model)

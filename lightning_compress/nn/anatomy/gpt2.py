@@ -79,6 +79,7 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         head_dim=head_dim,
         intermediate_size=shapes["ffn_in"][1],
         norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+        activation=next(iter(present(model, [f"{path}.mlp.act"])), None),
         head_count_attributes=("num_heads",),
         head_width_attributes=("split_size",),
     )

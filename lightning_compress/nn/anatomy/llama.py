@@ -79,4 +79,5 @@ def _describe_layer(model: PreTrainedModel, path: str, index: int) -> LayerAnato
         head_dim=head_dim,
         intermediate_size=shapes["ffn_in"][1],
         norms=tuple(f"{path}.{norm}" for norm in _NORMS),
+        activation=next(iter(present(model, [f"{path}.mlp.act_fn"])), None),
     )
