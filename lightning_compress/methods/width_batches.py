@@ -1,5 +1,7 @@
 """Which batches the separate pass for importance sees: a fixed sample of those that training has seen, by a seed.
 
+And what the pass costs in time.
+
 Nothing is asked of the user's data: the model's own training passes are watched, and every one of them up to the first
 step of the schedule is as likely to be kept as any other. The next chapter is
 :mod:`lightning_compress.methods.width_calibration`.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BatchRecorder", "check_labels", "lot"]
+__all__ = ["BatchRecorder", "PassClock", "check_labels", "lot"]
 
 
 class _Kept(NamedTuple):
@@ -146,6 +149,49 @@ class BatchRecorder:
     @property
     def _is_closed(self) -> bool:
         return self.is_fixed and len(self._kept) == self.size
+
+
+class PassClock:
+    """How long separate passes take, and what share that is of all time since the first :meth:`start`.
+
+    Time is that of this process: a resumed run counts from its resumption on.
+
+    Example:
+        >>> clock = PassClock()
+        >>> clock.seconds, clock.share
+        (0.0, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began: float | None = None
+
+    def start(self) -> None:
+        """Training goes on; the first call is its beginning."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Count the time within, with what the device is given to do."""
+        _wait_for(device)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for(device)
+            self.seconds += time.perf_counter() - began
+
+    @property
+    def share(self) -> float:
+        """Share of the time since the beginning, in [0, 1]."""
+        total = 0.0 if self._began is None else time.perf_counter() - self._began
+        return min(self.seconds / total, 1.0) if total > 0 else 0.0
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_labels(given: Mapping[str, Any]) -> Tensor:

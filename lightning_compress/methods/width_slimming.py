@@ -12,14 +12,14 @@ Paper: COST-EFF (arXiv 2210.15523), after its official code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_compress.methods.base import AuxiliaryGroup
-from lightning_compress.methods.width_batches import BatchRecorder
+from lightning_compress.methods.width_batches import BatchRecorder, PassClock
 from lightning_compress.methods.width_calibration import (
     Guide,
     check_guide,
@@ -77,6 +77,8 @@ class WidthSlimmingHandle:
     gate_lr: float = 0.0
     guide: Guide | None = None
     """Who asks the teacher, if importance is read off what it says."""
+    clock: PassClock = field(default_factory=PassClock)
+    """Time of the separate passes."""
 
     @property
     def costs(self) -> WidthCosts:
@@ -162,7 +164,7 @@ class WidthSlimmingHandle:
         return []
 
     def metrics(self) -> dict[str, float]:
-        """Shares of heads, neurons and cost that are kept."""
+        """Shares of heads, neurons and cost that are kept; of separate passes their seconds, and share of all time."""
         full, counts, costs = self.costs.full, self.counts, self.costs
         if self.phase == "slimming" and self.gates.multipliers is not None:
             counts = self.expected_counts
@@ -171,6 +173,8 @@ class WidthSlimmingHandle:
             "neurons_ratio": sum(counts.neurons_L) / sum(full.neurons_L),
             "cost_ratio": costs.of(counts) / self.plan.dense_cost,
         }
+        if self.config.calibration_batches:
+            shares |= {"calibration_seconds": self.clock.seconds, "calibration_share": self.clock.share}
         ranks = {"embedding_rank": counts.embedding_rank, "hidden_size": counts.hidden}
         return shares | {name: float(value) for name, value in ranks.items() if value is not None}
 
@@ -228,6 +232,7 @@ def update(handle: WidthSlimmingHandle, progress: float) -> None:
     """
     config, plan, step = handle.config, handle.plan, progress - handle.progress
     handle.progress = progress
+    handle.clock.start()
     share = (progress - config.start) / (config.end - config.start)
     due = min(max(int(share * plan.steps + _EPSILON), 0), plan.steps)
     if handle.phase == "warmup" and progress >= config.start:
@@ -249,14 +254,15 @@ def prune(handle: WidthSlimmingHandle, done: int) -> None:
         table: Any = get_module(handle.model, describe(handle.model).word_embeddings)
         gates.embeddings.close(table.weight, counts.embedding_rank)
     if gates.multipliers is None:
-        complete_importance(
-            handle.model,
-            handle.meter,
-            handle.recorder,
-            importance_from=config.importance_from,
-            guide=handle.guide,
-            per_exit=config.criterion == "per_exit",
-        )
+        with handle.clock.running(next(handle.model.parameters()).device):
+            complete_importance(
+                handle.model,
+                handle.meter,
+                handle.recorder,
+                importance_from=config.importance_from,
+                guide=handle.guide,
+                per_exit=config.criterion == "per_exit",
+            )
         gates.close(plan.choose(handle.meter.layers, gates.masks, counts, done, ranking=config.ranking))
         if gates.hidden is not None and handle.meter.hidden_D is not None:
             kept_D = gates.hidden.gate_K > 0

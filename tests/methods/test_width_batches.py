@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_compress.methods.width_batches import BatchRecorder, lot
+from lightning_compress.methods.width_batches import BatchRecorder, PassClock, lot
 from tests.toys import tiny_bert
 from tests.toys_slimming import batch, slimmed
 
@@ -134,6 +135,28 @@ def test_a_recorder_of_nothing_does_not_listen() -> None:
     assert not model._forward_pre_hooks
     recorder.settle()
     assert recorder.batches == []
+
+
+def test_the_clock_counts_what_runs_within_and_its_share_since_the_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = itertools.chain([100.0, 103.0, 105.0, 106.0, 107.0], itertools.repeat(110.0))
+    monkeypatch.setattr("lightning_compress.methods.width_batches.time.perf_counter", lambda: next(ticks))
+    clock = PassClock()
+    clock.start()  # 100
+    with clock.running(torch.device("cpu")):  # 103 to 105
+        clock.start()  # has begun long ago
+    with pytest.raises(RuntimeError), clock.running(torch.device("cpu")):  # 106 to 107
+        raise RuntimeError
+    assert clock.seconds == 3.0
+    assert clock.share == pytest.approx(0.3)
+
+
+def test_the_cost_of_separate_passes_is_logged_where_there_are_some() -> None:
+    handle = slimmed(10, heads=2, calibration_batches=2)
+    assert 0.0 < handle.metrics()["calibration_share"] < 1.0
+    assert handle.metrics()["calibration_seconds"] == handle.clock.seconds > 0.0
+    assert not any(name.startswith("calibration") for name in slimmed(10, heads=2).metrics())
 
 
 @pytest.mark.parametrize(("until", "done"), [(9, 0), (10, 1), (13, 1), (17, 2)])
