@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.surgery import replace_module
 
-__all__ = ["dense_state_dict", "quantize_linears"]
+__all__ = ["dense_state_dict", "few_bit_linear", "few_bit_multiple", "quantize_linears"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,10 +49,9 @@ def quantize_linears(model: Model, bits: int) -> Model:
         >>> model.encoder.layer[0].intermediate.dense.weight.dtype
         torch.int8
     """
-    if bits not in _MULTIPLES:
-        raise ValueError(f"bits={bits} is not one of {sorted(_MULTIPLES)}")
+    multiple = few_bit_multiple(bits)
     model.requires_grad_(False)
-    heads, multiple = describe(model).head_modules, _MULTIPLES[bits]
+    heads = describe(model).head_modules
     paths = [
         path
         for path, module in model.named_modules()
@@ -67,7 +66,7 @@ def quantize_linears(model: Model, bits: int) -> Model:
             "leave its linears as they are"
         )
     for path in paths:
-        replace_module(model, path, _quantized(model.get_submodule(path), bits))  # type: ignore[arg-type]
+        replace_module(model, path, few_bit_linear(model.get_submodule(path), bits))  # type: ignore[arg-type]
     return model
 
 
@@ -87,7 +86,24 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _quantized(linear: nn.Linear, bits: int) -> nn.Module:
+def few_bit_multiple(bits: int) -> int:
+    """Return what both sizes of a linear have to be a multiple of.
+
+    Raises:
+        ValueError: If ``bits`` is neither 4 nor 8.
+    """
+    if bits not in _MULTIPLES:
+        raise ValueError(f"bits={bits} is not one of {sorted(_MULTIPLES)}")
+    return _MULTIPLES[bits]
+
+
+def few_bit_linear(linear: nn.Linear, bits: int) -> nn.Module:
+    """Return a linear whose weight is held in 8 bits or in nf4, with the same bias.
+
+    Args:
+        linear: On any device, with sizes that are multiples of :func:`few_bit_multiple`.
+        bits: 4 or 8.
+    """
     library, weight_OI = _library(), linear.weight.detach()
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
     with torch.device("meta"):

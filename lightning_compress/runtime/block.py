@@ -19,6 +19,7 @@ from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime.attention import packed_attention
 from lightning_compress.runtime.fusion import FusedLinears, is_plain
+from lightning_compress.runtime.joined_engine import joined_engine
 
 __all__ = ["LeanLayer"]
 
@@ -27,9 +28,9 @@ class LeanLayer:
     """Runs a layer's modules without the layer's own code: equal to it up to rounding.
 
     ``y = norm(x + output(attention(x)))``, then ``z = norm(y + ffn_out(activation(ffn_in(y))))``. Query, key and
-    value run as one product where they are plain linears whose gradients nobody wants. Not a module: it owns
-    nothing, and registers nothing under a second name. Hooks on the parts run; hooks on the layer and on
-    its inner containers do not.
+    value run as one product where they are plain linears, or quantised ones with an engine, whose gradients
+    nobody wants. Not a module: it owns nothing, and registers nothing under a second name. Hooks on the parts run;
+    hooks on the layer and on its inner containers do not.
 
     Args:
         layer: The family's own layer.
@@ -117,7 +118,10 @@ class LeanLayer:
         """Return query ``[Q, H, E]``, key and value ``[N, H, E]``."""
         modules = (self._query.module, self._key.module, self._value.module)
         fused = self._fused.of(modules)
-        if fused is None:
+        joined = joined_engine(modules) if fused is None and queries_B is None else None
+        if joined is not None:
+            projected = joined(hidden_ND)
+        elif fused is None:
             rows_QD = hidden_ND if queries_B is None else hidden_ND.index_select(0, queries_B)
             inputs = (rows_QD, hidden_ND, hidden_ND)
             projected = [_run(module, rows) for module, rows in zip(modules, inputs, strict=True)]
@@ -136,7 +140,10 @@ class LeanLayer:
         """Return query ``[B, Q, H, E]``, key and value ``[B, T, H, E]``."""
         modules = (self._query.module, self._key.module, self._value.module)
         fused = None if first_only else self._fused.of(modules)
-        if fused is None:
+        joined = joined_engine(modules) if fused is None and not first_only else None
+        if joined is not None:
+            projected = joined(hidden_BTD)
+        elif fused is None:
             inputs = (hidden_BTD[:, :1] if first_only else hidden_BTD, hidden_BTD, hidden_BTD)
             projected = [_run(module, states) for module, states in zip(modules, inputs, strict=True)]
         else:

@@ -11,6 +11,7 @@ Shape legend: B sequences, T padded length, N rows, S sequences that stay, D hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -50,6 +51,9 @@ class PackedEncoder(nn.Module):
     first_only: bool
     """Whether only the first (classification) token is read of what comes out, so that only it is computed in the
     last layer and ``last_hidden_state`` is ``[B, 1, D]``."""
+    states: torch.dtype | None
+    """Dtype between the operators where gradients are off, in layers whose linears take any; None for that of the
+    embeddings. Like the engines of such linears it is neither copied nor saved, and moves, casts and loads end it."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__()
@@ -58,6 +62,7 @@ class PackedEncoder(nn.Module):
         self.layer = cast(nn.ModuleList, family.layer)
         self.register_module("policy", None)
         self.exits = None
+        self.states = None
         self.first_only = reads_first_token(model, anatomy)
         self.config = model.config
         self._trail: tuple[Segments, ...] = ()
@@ -99,6 +104,8 @@ class PackedEncoder(nn.Module):
                 mask cannot be read.
         """
         _refuse(self.config, kwargs)
+        own = None if self.states is None or torch.is_grad_enabled() else hidden_states.dtype
+        hidden_states = _as(self.states if own else None, hidden_states)
         hidden_ND, segments = self._unpad(hidden_states, attention_mask)
         trail: list[Segments] = []
         gone = Departed(self.first_only)
@@ -110,7 +117,7 @@ class PackedEncoder(nn.Module):
         for index, block in enumerate(lean):
             is_last = index == len(lean) - 1
             if policy is not None and segments.num_rows:
-                keep_N = policy.decide(index, hidden_ND[: segments.num_rows], segments)
+                keep_N = policy.decide(index, _as(own, hidden_ND[: segments.num_rows]), segments)
                 hidden_ND, segments = _drop(hidden_ND, segments, keep_N)
             trail.append(segments)
             if gone.are_all(segments):
@@ -118,10 +125,10 @@ class PackedEncoder(nn.Module):
             queries_B = segments.firsts_B if self.first_only and is_last else None
             hidden_ND = _run(block, hidden_ND, segments, queries_B)
             if exits is not None and not is_last and segments.num_sequences:
-                stay_B = exits.check(index, hidden_ND[: segments.num_rows], segments)
+                stay_B = exits.check(index, _as(own, hidden_ND[: segments.num_rows]), segments)
                 hidden_ND, segments = gone.let_leave(hidden_ND, segments, stay_B)
         self._trail = tuple(trail)
-        output = gone.put_back(hidden_ND, segments, hidden_states.shape)
+        output = _as(own, gone.put_back(hidden_ND, segments, hidden_states.shape))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, output))
 
     def _unpad(self, hidden_BTD: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Segments]:
@@ -145,7 +152,16 @@ class PackedEncoder(nn.Module):
         return self._lean
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trail": (), "_lean": []}
+        return {**self.__dict__, "_trail": (), "_lean": [], "states": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEncoder:
+        self.states = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.states = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def reads_first_token(model: PreTrainedModel, anatomy: Anatomy) -> bool:
@@ -159,6 +175,11 @@ def reads_first_token(model: PreTrainedModel, anatomy: Anatomy) -> bool:
         and getattr(model.config, "summary_type", "last") != "first"
     )
     return own and anatomy.head is not None and not anatomy.is_head_per_token and not summary
+
+
+def _as(dtype: torch.dtype | None, states: Tensor) -> Tensor:
+    """Cast states; None leaves them."""
+    return states if dtype is None else states.to(dtype)
 
 
 def _refuse(config: Any, asked: dict[str, Any]) -> None:

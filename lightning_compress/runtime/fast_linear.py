@@ -1,8 +1,8 @@
 """Engines: one linear with a quantised weight, computed as fast as the machine can.
 
-An engine is built once from integers ``[N, K]``, a scale for each output and a bias, keeps them in the layout that its
-kernel wants, and never changes: any number of threads may call it. It knows nothing of gradients and of artefacts. The
-next chapter, :mod:`lightning_compress.runtime.backends`, gives each layer of a model the engine that is fastest for it.
+An engine is built once from a weight and a bias, keeps the weight in the layout that its kernel wants, and never
+changes: any number of threads may call it. It knows nothing of gradients and of artefacts. Here are those that leave
+inputs as they are; the next chapter, :mod:`lightning_compress.runtime.int8_linear`, has those that round them.
 
 Shape legend: M rows of the input, N outputs, K inputs.
 """
@@ -11,40 +11,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.row_buckets import bucket_of
-from lightning_compress.ops.block_quantize.reference import block_exponents, block_scales, power_of_two
 from lightning_compress.runtime.live_bias import LiveBias
 
 __all__ = [
-    "CudaInt8Engine",
     "DenseEngine",
     "Engine",
-    "Int8Engine",
     "ModuleEngine",
     "PrepackedEngine",
-    "has_int8_kernels",
+    "RowEngine",
+    "filled_up",
+    "has_operator",
     "has_prepacked_kernels",
-    "quantize_rows",
 ]
 
 Engine = Callable[[Tensor], Tensor]
 """Maps ``[..., K]`` to ``[..., N]``, in the dtype of its input."""
 
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_int_mm: Any = getattr(torch, "_int_mm")  # noqa: B009 - it is not exported
 _LOW = torch.empty(0, dtype=torch.bfloat16)
-_INT_MM_ROWS = 17
-"""``torch._int_mm`` on CUDA wants more than 16 rows."""
 
 
-class _RowEngine(ABC):
+class RowEngine(ABC):
     """An engine that computes rows; whatever came before them comes back."""
 
     num_outputs: int
@@ -60,110 +52,7 @@ class _RowEngine(ABC):
         """Map at least one row, to ``[M, N]`` in any dtype."""
 
 
-class Int8Engine(_RowEngine):
-    """Integers times integers on CPU, by oneDNN: inputs are rounded anew at every call, as their format says.
-
-    What comes out is what the reference gives, up to the rounding of its floats: integers are the same. Rows are
-    independent of each other where the format has a factor per row. An infinity or NaN makes its row NaN, where the
-    reference raises.
-
-    Args:
-        weight_NK: Integers, int8.
-        scales_N: What an integer of each output is worth, float32.
-        bias_N: Bias, or None.
-        input_format: Blocks ``(1, 0)`` or, one factor for all rows of a call, ``(0, 0)``.
-
-    Raises:
-        ValueError: If the format has other blocks.
-        RuntimeError: If the processor or this build of torch has no such kernels.
-
-    Example:
-        >>> weight_NK, scales_N = torch.tensor([[127, -127]], dtype=torch.int8), torch.tensor([0.5])
-        >>> engine = Int8Engine(weight_NK, scales_N, torch.tensor([1.0])) if has_int8_kernels() else None
-        >>> engine is None or engine(torch.tensor([[2.0, 1.0]])).round(decimals=1).tolist()
-        [[64.0]]
-    """
-
-    def __init__(
-        self,
-        weight_NK: Tensor,
-        scales_N: Tensor,
-        bias_N: Tensor | LiveBias | None,
-        input_format: BlockFormat | None = None,
-    ) -> None:
-        self._format = _rows_or_tensor(input_format or BlockFormat())
-        if not has_int8_kernels():
-            raise RuntimeError(
-                "this processor or this build of torch multiplies no 8-bit integers (oneDNN with VNNI does): use the "
-                'backend "bf16" or "fp32"'
-            )
-        self._weight = torch.ops.onednn.qlinear_prepack(weight_NK.contiguous(), None)
-        self._scales_N, self._zeros_N = scales_N.float(), torch.zeros_like(scales_N, dtype=torch.int32)
-        self._bias, self.num_outputs = LiveBias.of(bias_N), weight_NK.shape[0]
-
-    def rows(self, x_MK: Tensor) -> Tensor:
-        """Map at least one row, to ``[M, N]``, in bfloat16 if the input is, else in float32."""
-        dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
-        rows = x_MK.shape[0]
-        is_one = rows == 1 or self._format.block[0] == 0
-        q_MK, scale = quantize_rows(x_MK, self._format, one_factor=is_one)
-        q_MK = _filled_up(q_MK)
-        bias_N = self._bias(dtype)
-        if is_one:
-            return self._product(q_MK, float(scale), bias_N, dtype)[:rows]
-        y_MN = self._product(q_MK, 1.0, None, dtype)[:rows].mul_(scale.to(dtype))
-        return y_MN if bias_N is None else y_MN.add_(bias_N)
-
-    def _product(
-        self, q_MK: Tensor, scale: float, bias_N: Tensor | LiveBias | None, dtype: torch.dtype
-    ) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise.default(
-            q_MK, scale, 0, self._weight, self._scales_N, self._zeros_N, bias_N, 1.0, 0, dtype, "none", [], ""
-        )  # fmt: skip
-
-
-class CudaInt8Engine(_RowEngine):
-    """The same on CUDA, by the integer tensor cores.
-
-    Args:
-        weight_NK: Integers, int8; both sizes multiples of 8.
-        scales_N: What an integer of each output is worth, float32.
-        bias_N: Bias, or None.
-        input_format: Blocks ``(1, 0)`` or ``(0, 0)``.
-
-    Raises:
-        ValueError: If the format has other blocks, or a size is no multiple of 8.
-    """
-
-    def __init__(
-        self,
-        weight_NK: Tensor,
-        scales_N: Tensor,
-        bias_N: Tensor | LiveBias | None,
-        input_format: BlockFormat | None = None,
-    ) -> None:
-        self._format = _rows_or_tensor(input_format or BlockFormat())
-        if any(size % 8 for size in weight_NK.shape):
-            raise ValueError(
-                f"the weight is shaped {tuple(weight_NK.shape)}, and integer tensor cores want multiples of 8: use the "
-                'backend "bf16" for this layer'
-            )
-        self._weight_KN = weight_NK.contiguous().t()
-        self._scales_N, self._bias = scales_N.float(), LiveBias.of(bias_N)
-        self.num_outputs = weight_NK.shape[0]
-
-    def rows(self, x_MK: Tensor) -> Tensor:
-        """Map at least one row, to float32 ``[M, N]``."""
-        rows = x_MK.shape[0]
-        q_MK, scale = quantize_rows(x_MK, self._format, one_factor=self._format.block[0] == 0)
-        if rows < _INT_MM_ROWS:
-            q_MK = F.pad(q_MK, (0, 0, 0, _INT_MM_ROWS - rows))
-        y_MN = _int_mm(q_MK, self._weight_KN)[:rows] * (scale * self._scales_N)
-        bias_N = self._bias(torch.float32)
-        return y_MN if bias_N is None else y_MN.add_(bias_N)
-
-
-class PrepackedEngine(_RowEngine):
+class PrepackedEngine(RowEngine):
     """A bfloat16 product on CPU whose weight lies as oneDNN wants it, so that no call has to reorder it.
 
     Inputs are rounded to bfloat16, to no integers.
@@ -181,7 +70,7 @@ class PrepackedEngine(_RowEngine):
 
     def rows(self, x_MK: Tensor) -> Tensor:
         """Map at least one row, to bfloat16 ``[M, N]``."""
-        low_MK = _filled_up(x_MK.to(torch.bfloat16))
+        low_MK = filled_up(x_MK.to(torch.bfloat16))
         bias_N = self._bias(torch.bfloat16)
         y_MN = torch.ops.mkldnn._linear_pointwise.default(low_MK, self._weight, bias_N, "none", [], "")
         return y_MN[: x_MK.shape[0]]
@@ -220,58 +109,17 @@ class ModuleEngine:
         return self._module(x).to(x.dtype)
 
 
-def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) -> tuple[Tensor, Tensor]:
-    """Round rows to integers in few passes over memory; the integers of ``block_quantize``.
-
-    Where the reference raises at infinities and NaN, factors are NaN or infinite here.
-
-    Args:
-        x_MK: Finite numbers.
-        held: Bits and kind of factor; its block is not looked at.
-        one_factor: One factor for all rows, not one for each.
-
-    Returns:
-        Integers, int8, and the factors as numbers, float32: ``[M, 1]``, or one.
-
-    Example:
-        >>> quantize_rows(torch.tensor([[3.0, -1.5]]), BlockFormat(bits=3))
-        (tensor([[ 3, -2]], dtype=torch.int8), tensor([[1.]]))
-    """
-    x_MK = x_MK.float()
-    magnitude_MK = x_MK.abs()
-    amax = magnitude_MK.amax() if one_factor else magnitude_MK.amax(1, keepdim=True)
-    if held.factor == "scale":
-        scale = block_scales(amax, held.largest)
-        scale = scale.masked_fill_(scale < _SMALLEST_NORMAL, 1.0)
-        return (x_MK / scale).round_().to(torch.int8), scale
-    scale = power_of_two(block_exponents(amax, held.largest))
-    return (x_MK / scale).round_().clamp_(-held.largest, held.largest).to(torch.int8), scale
-
-
-def has_int8_kernels() -> bool:
-    """Whether the processor multiplies 8-bit integers without overflow, and torch knows how to ask it."""
-    return _has("onednn", "qlinear_prepack") and torch.cpu._is_vnni_supported()
-
-
 def has_prepacked_kernels() -> bool:
     """Whether torch can keep bfloat16 weights in oneDNN's layout."""
-    return _has("mkldnn", "_reorder_linear_weight") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_operator("mkldnn", "_reorder_linear_weight") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _has(library: str, name: str) -> bool:
+def has_operator(library: str, name: str) -> bool:
+    """Whether this build of torch has oneDNN and an operator of that name for it."""
     return torch.backends.mkldnn.is_available() and hasattr(getattr(torch.ops, library), name)
 
 
-def _rows_or_tensor(held: BlockFormat) -> BlockFormat:
-    if held.block not in ((1, 0), (0, 0)):
-        raise ValueError(
-            f"inputs in blocks {held.block} have no fast product of integers: quantise them with block (1, 0), a "
-            'factor per row, or use the backend "bf16" or "fp32"'
-        )
-    return held
-
-
-def _filled_up(rows_MK: Tensor) -> Tensor:
+def filled_up(rows_MK: Tensor) -> Tensor:
     """Return the rows and spare ones, so that their number is one that oneDNN has met before."""
     rows = rows_MK.shape[0]
     spare = bucket_of(rows, _LOW) - rows if rows > 1 else 0

@@ -1,0 +1,214 @@
+"""Which engine computes which quantised linear of a model: one that is named, or the fastest.
+
+Speed depends on the machine, the shape and the number of rows: it is measured when a model is loaded, and told; it
+never becomes part of what is saved. :mod:`lightning_compress.runtime.linear_backends` says what can be chosen from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.nn.anatomy import UnknownFamilyError, describe, find_transformer
+from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.runtime.engine_timing import BackendReport, Timing, fastest, time_engines
+from lightning_compress.runtime.joined_engine import JoinedEngine, PartEngine
+from lightning_compress.runtime.linear_backends import build_engine, refusal
+from lightning_compress.runtime.packing import packed_encoder
+
+__all__ = ["use_backend"]
+
+_MEASURED = ("int8", "bf16", "fp32")
+
+Group = tuple[str, ...]
+"""Paths of layers that run as one."""
+
+
+def use_backend(
+    model: nn.Module,
+    backend: str | Mapping[str, str] = "auto",
+    *,
+    batch_tokens: Sequence[int] = (16, 128, 1024),
+    one_factor: bool = False,
+    bf16_states: bool | None = None,
+    verbose: bool = True,
+) -> BackendReport:
+    """Let the quantised linears of a model be computed fast, where gradients are off; in place.
+
+    With ``"auto"`` each shape is timed with the model's own weights, in ``"int8"``, ``"bf16"`` and ``"fp32"``, as far
+    as they can compute it, and gets the fastest. ``"int8"`` multiplies the same integers as the reference does. The
+    others leave inputs as they are, which costs no accuracy: weights are those of the artefact in every backend but
+    ``"bnb8"`` and ``"nf4"``, which round them once more.
+
+    Nothing of it is saved or copied: copies, moves, casts and loads go back to the reference, and this is called again.
+
+    Args:
+        model: A model with quantised linears, as ``quantize`` or ``load`` return it; for encoders, ``pack`` it first.
+        backend: ``"auto"``, one of ``"int8"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or ``"reference"``; or,
+            for each layer by its path, such a name: what an earlier report's ``choices`` hold.
+        batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
+        one_factor: Let ``"int8"`` round all rows of a call by one factor. Faster; but then texts of a batch change each
+            other's rounding, and outliers of one row cost all of them precision.
+        bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does where the processor
+            has AMX and the backend is ``"auto"``.
+        verbose: Print what was chosen.
+
+    Returns:
+        What was chosen, and the times.
+
+    Raises:
+        ValueError: If there is no quantised linear, a name is unknown, or a backend cannot compute a layer.
+
+    Example:
+        >>> from lightning_compress.nn.block_format import BlockFormat
+        >>> layer = QuantizedLinear.from_linear(nn.Linear(8, 8), BlockFormat())
+        >>> use_backend(nn.Sequential(layer), "fp32").choices
+        backends of 1 quantised linears: fp32 for 1
+        {'0': 'fp32'}
+    """
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no quantised linear: call lightning_compress.quantize(model, ...) first"
+        )
+    for layer in layers.values():
+        layer.engine = None
+    groups = _groups(model, layers)
+    states = _states(model, layers, backend, bf16_states)
+    timings: list[Timing] = []
+    if backend == "auto":
+        like = torch.empty(0, dtype=states or _dtype(model), device=_device(layers))
+        choices = _measure(layers, groups, tuple(batch_tokens), one_factor, like, timings)
+    else:
+        choices = _named(backend, layers)
+    if backend != "reference":
+        _install(layers, groups, choices, one_factor)
+    encoder = packed_encoder(model)
+    if encoder is not None:
+        encoder.states = states
+    report = BackendReport(choices, states, timings)
+    if verbose:
+        print(report)
+    return report
+
+
+def _named(backend: str | Mapping[str, str], layers: Mapping[str, QuantizedLinear]) -> dict[str, str]:
+    if isinstance(backend, str):
+        return dict.fromkeys(layers, backend)
+    if set(backend) != set(layers):
+        odd = sorted(set(backend) ^ set(layers))
+        raise ValueError(f"backends are named for other layers than there are; only on one side: {odd[:5]}")
+    return dict(backend)
+
+
+def _groups(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> list[Group]:
+    """Return the layers, those of query, key and value that can run as one together."""
+    joined = [group for group in _projections(model) if all(path in layers for path in group)]
+    joined = [group for group in joined if refusal("fp32", [layers[path] for path in group]) is None]
+    taken = {path for group in joined for path in group}
+    return joined + [(path,) for path in layers if path not in taken]
+
+
+def _projections(model: nn.Module) -> list[Group]:
+    try:
+        prefix, transformer = find_transformer(model)
+        anatomy = describe(transformer)
+    except (ValueError, UnknownFamilyError):
+        return []  # whatever this is, its layers run one by one
+    dot = f"{prefix}." if prefix else ""
+    found = []
+    for layer in anatomy.layers:
+        at = {slot.role: dot + slot.path for slot in layer.linears}
+        if {"query", "key", "value"} <= set(at):
+            found.append((at["query"], at["key"], at["value"]))
+    return found
+
+
+def _measure(
+    layers: Mapping[str, QuantizedLinear],
+    groups: Sequence[Group],
+    rows: tuple[int, ...],
+    one_factor: bool,
+    like: Tensor,
+    timings: list[Timing],
+) -> dict[str, str]:
+    """Return a backend for each layer: that of the first group of its shape and formats."""
+    known: dict[object, str] = {}
+    choices: dict[str, str] = {}
+    for group in groups:
+        parts = [layers[path] for path in group]
+        first, outputs = parts[0], sum(part.out_features for part in parts)
+        key = (first.in_features, outputs, first.input_format, *[part.weight_format for part in parts])
+        if key not in known:
+            able = [name for name in _MEASURED if refusal(name, parts, one_factor=one_factor) is None]
+            engines = {name: build_engine(name, parts, one_factor=one_factor) for name in able}
+            seconds = time_engines(engines, first.in_features, rows, like)
+            known[key] = fastest(seconds)
+            timings.append(Timing(first.in_features, outputs, rows, seconds, known[key]))
+        choices |= dict.fromkeys(group, known[key])
+    return {path: choices[path] for path in layers}
+
+
+def _install(
+    layers: Mapping[str, QuantizedLinear],
+    groups: Sequence[Group],
+    choices: Mapping[str, str],
+    one_factor: bool,
+) -> None:
+    """Give each layer its engine; first those are refused that cannot be."""
+    for path, name in choices.items():
+        reason = refusal(name, layers[path], one_factor=one_factor)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot compute {path!r}: {reason}")
+    for group in groups:
+        parts = [layers[path] for path in group]
+        names = {choices[path] for path in group}
+        build = {
+            path: partial(build_engine, choices[path], layers[path], one_factor=one_factor) for path in group
+        }
+        if len(group) == 1 or len(names) > 1:
+            for path in group:
+                layers[path].engine = build[path]()
+            continue
+        whole = partial(build_engine, names.pop(), parts, one_factor=one_factor)
+        joined = JoinedEngine(whole, [part.out_features for part in parts])
+        for place, path in enumerate(group):
+            layers[path].engine = PartEngine(joined, place, build[path])
+
+
+def _states(
+    model: nn.Module, layers: Mapping[str, QuantizedLinear], backend: object, wanted: bool | None
+) -> torch.dtype | None:
+    """Return the dtype that states of a packed encoder get, if another one than the model's."""
+    encoder = packed_encoder(model)
+    if wanted is False or backend == "reference" or encoder is None:
+        if wanted:
+            raise ValueError("bf16_states=True: states belong to packed encoders; call pack(model) first")
+        return None
+    if wanted is None and (backend != "auto" or _device(layers).type != "cpu" or not _has_amx()):
+        return None
+    dense = [name for name, part in encoder.layer.named_modules() if type(part) is nn.Linear]
+    if not dense:
+        return torch.bfloat16
+    if wanted:
+        raise ValueError(
+            f"bf16_states=True: linears that are not quantised compute in the dtype of the model, such as {dense[0]!r}"
+        )
+    return None
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _device(layers: Mapping[str, QuantizedLinear]) -> torch.device:
+    return next(iter(layers.values())).weight_payload.device
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's states: that of most of its numbers."""
+    floats = [p for p in model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32

@@ -1,0 +1,173 @@
+"""Engines that multiply integers by integers: inputs are rounded anew at every call.
+
+Built from integers ``[N, K]`` and a scale for each output. The next chapter is
+:mod:`lightning_compress.runtime.linear_backends`, where engines have names.
+
+Shape legend: M rows of the input, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_compress.nn.block_format import BlockFormat
+from lightning_compress.ops.block_quantize.reference import block_exponents, block_scales, power_of_two
+from lightning_compress.runtime.fast_linear import RowEngine, filled_up, has_operator
+from lightning_compress.runtime.live_bias import LiveBias
+
+__all__ = ["CudaInt8Engine", "Int8Engine", "has_int8_kernels", "quantize_rows"]
+
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_INT_MM_ROWS = 17
+"""``torch._int_mm`` on CUDA wants more than 16 rows."""
+_int_mm: Any = getattr(torch, "_int_mm")  # noqa: B009 - it is not exported
+
+
+class Int8Engine(RowEngine):
+    """Integers times integers on CPU, by oneDNN: inputs are rounded anew at every call, as their format says.
+
+    What comes out is what the reference gives, up to the rounding of floats: integers are the same. (With shifts the
+    reference also rounds the bias, to the exponent of its accumulator; here it is added as it is.) Rows are
+    independent of each other where the format has a factor per row. An infinity or NaN makes its row NaN, where the
+    reference raises.
+
+    Args:
+        weight_NK: Integers, int8.
+        scales_N: What an integer of each output is worth, float32.
+        bias_N: Bias, or None.
+        input_format: Blocks ``(1, 0)`` or, one factor for all rows of a call, ``(0, 0)``.
+
+    Raises:
+        ValueError: If the format has other blocks.
+        RuntimeError: If the processor or this build of torch has no such kernels.
+
+    Example:
+        >>> weight_NK, scales_N = torch.tensor([[127, -127]], dtype=torch.int8), torch.tensor([0.5])
+        >>> engine = Int8Engine(weight_NK, scales_N, torch.tensor([1.0])) if has_int8_kernels() else None
+        >>> engine is None or engine(torch.tensor([[2.0, 1.0]])).round(decimals=1).tolist()
+        [[64.0]]
+    """
+
+    def __init__(
+        self,
+        weight_NK: Tensor,
+        scales_N: Tensor,
+        bias_N: Tensor | LiveBias | None,
+        input_format: BlockFormat | None = None,
+    ) -> None:
+        self._format = _rows_or_tensor(input_format or BlockFormat())
+        if not has_int8_kernels():
+            raise RuntimeError(
+                "this processor or this build of torch multiplies no 8-bit integers (oneDNN with VNNI does): use the "
+                'backend "bf16" or "fp32"'
+            )
+        self._weight = torch.ops.onednn.qlinear_prepack(weight_NK.contiguous(), None)
+        self._scales_N, self._zeros_N = scales_N.float(), torch.zeros_like(scales_N, dtype=torch.int32)
+        self._bias, self.num_outputs = LiveBias.of(bias_N), weight_NK.shape[0]
+
+    def rows(self, x_MK: Tensor) -> Tensor:
+        """Map at least one row, to ``[M, N]``, in bfloat16 if the input is, else in float32."""
+        dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
+        rows = x_MK.shape[0]
+        is_one = rows == 1 or self._format.block[0] == 0
+        q_MK, scale = quantize_rows(x_MK, self._format, one_factor=is_one)
+        q_MK = filled_up(q_MK)
+        bias_N = self._bias(dtype)
+        if is_one:
+            return self._product(q_MK, float(scale), bias_N, dtype)[:rows]
+        y_MN = self._product(q_MK, 1.0, None, dtype)[:rows].mul_(scale.to(dtype))
+        return y_MN if bias_N is None else y_MN.add_(bias_N)
+
+    def _product(
+        self, q_MK: Tensor, scale: float, bias_N: Tensor | LiveBias | None, dtype: torch.dtype
+    ) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise.default(
+            q_MK, scale, 0, self._weight, self._scales_N, self._zeros_N, bias_N, 1.0, 0, dtype, "none", [], ""
+        )  # fmt: skip
+
+
+class CudaInt8Engine(RowEngine):
+    """The same on CUDA, by the integer tensor cores.
+
+    Args:
+        weight_NK: Integers, int8; both sizes multiples of 8.
+        scales_N: What an integer of each output is worth, float32.
+        bias_N: Bias, or None.
+        input_format: Blocks ``(1, 0)`` or ``(0, 0)``.
+
+    Raises:
+        ValueError: If the format has other blocks, or a size is no multiple of 8.
+    """
+
+    def __init__(
+        self,
+        weight_NK: Tensor,
+        scales_N: Tensor,
+        bias_N: Tensor | LiveBias | None,
+        input_format: BlockFormat | None = None,
+    ) -> None:
+        self._format = _rows_or_tensor(input_format or BlockFormat())
+        if any(size % 8 for size in weight_NK.shape):
+            raise ValueError(
+                f"the weight is shaped {tuple(weight_NK.shape)}, and integer tensor cores want multiples of 8: use the "
+                'backend "bf16" for this layer'
+            )
+        self._weight_KN = weight_NK.contiguous().t()
+        self._scales_N, self._bias = scales_N.float(), LiveBias.of(bias_N)
+        self.num_outputs = weight_NK.shape[0]
+
+    def rows(self, x_MK: Tensor) -> Tensor:
+        """Map at least one row, to float32 ``[M, N]``."""
+        rows = x_MK.shape[0]
+        q_MK, scale = quantize_rows(x_MK, self._format, one_factor=self._format.block[0] == 0)
+        if rows < _INT_MM_ROWS:
+            q_MK = F.pad(q_MK, (0, 0, 0, _INT_MM_ROWS - rows))
+        y_MN = _int_mm(q_MK, self._weight_KN)[:rows] * (scale * self._scales_N)
+        bias_N = self._bias(torch.float32)
+        return y_MN if bias_N is None else y_MN.add_(bias_N)
+
+
+def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) -> tuple[Tensor, Tensor]:
+    """Round rows to integers in few passes over memory; the integers of ``block_quantize``.
+
+    Where the reference raises at infinities and NaN, factors are NaN or infinite here.
+
+    Args:
+        x_MK: Finite numbers.
+        held: Bits and kind of factor; its block is not looked at.
+        one_factor: One factor for all rows, not one for each.
+
+    Returns:
+        Integers, int8, and the factors as numbers, float32: ``[M, 1]``, or one.
+
+    Example:
+        >>> quantize_rows(torch.tensor([[3.0, -1.5]]), BlockFormat(bits=3))
+        (tensor([[ 3, -2]], dtype=torch.int8), tensor([[1.]]))
+    """
+    x_MK = x_MK.float()
+    magnitude_MK = x_MK.abs()
+    amax = magnitude_MK.amax() if one_factor else magnitude_MK.amax(1, keepdim=True)
+    if held.factor == "scale":
+        scale = block_scales(amax, held.largest)
+        scale = scale.masked_fill_(scale < _SMALLEST_NORMAL, 1.0)
+        return (x_MK / scale).round_().to(torch.int8), scale
+    scale = power_of_two(block_exponents(amax, held.largest))
+    return (x_MK / scale).round_().clamp_(-held.largest, held.largest).to(torch.int8), scale
+
+
+def has_int8_kernels() -> bool:
+    """Whether the processor multiplies 8-bit integers without overflow, and torch knows how to ask it."""
+    return has_operator("onednn", "qlinear_prepack") and torch.cpu._is_vnni_supported()
+
+
+def _rows_or_tensor(held: BlockFormat) -> BlockFormat:
+    if held.block not in ((1, 0), (0, 0)):
+        raise ValueError(
+            f"inputs in blocks {held.block} have no fast product of integers: quantise them with block (1, 0), a "
+            'factor per row, or use the backend "bf16" or "fp32"'
+        )
+    return held

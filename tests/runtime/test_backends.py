@@ -1,0 +1,245 @@
+"""Backends of whole models: what is chosen, what it changes, and what must stay as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.block_format import BlockFormat
+from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.nn.surgery import get_module, replace_module
+from lightning_compress.runtime import backends, pack, packed_encoder
+from lightning_compress.runtime.backends import use_backend
+from lightning_compress.runtime.int8_linear import has_int8_kernels
+from lightning_compress.runtime.joined_engine import PartEngine
+from tests.runtime.conftest import FAMILIES, ragged
+
+NAMES = ["fp32", "bf16", *(["int8"] if has_int8_kernels() else [])]
+BATCH = ragged([7, 1, 4])
+
+
+def quantized(
+    model: nn.Module, inputs: BlockFormat | None = None, paths: list[str] | None = None
+) -> nn.Module:
+    """Put the linears of all layers into 8 bits, in place."""
+    for layer in describe(model).layers:
+        for slot in layer.linears:
+            if paths is None or slot.path in paths:
+                linear = get_module(model, slot.path)
+                held = QuantizedLinear.from_linear(linear, BlockFormat(), inputs or BlockFormat())
+                replace_module(model, slot.path, held)
+    return model.eval()
+
+
+@pytest.fixture
+def bert(classifier):
+    return quantized(classifier("bert").float())
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert (found - expected).norm() < tolerance * expected.norm()
+    assert found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_those_of_the_reference(classifier, family, name, packed):
+    model = quantized(classifier(family).float())
+    expected = logits(model)
+    if packed:
+        pack(model)
+    report = use_backend(model, name, verbose=False)
+    assert set(report.choices.values()) == {name}
+    close(logits(model), expected, 1e-4 if name == "int8" else 0.03)
+
+
+@pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
+def test_query_key_and_value_are_one_product_of_a_packed_model_and_alone_for_single_queries(
+    bert, monkeypatch
+):
+    model = pack(bert)
+    use_backend(model, "int8", verbose=False)
+    sizes: list[int] = []
+    operator = torch.ops.onednn.qlinear_pointwise.default
+
+    def counted(*args):
+        sizes.append(args[4].shape[0])
+        return operator(*args)
+
+    monkeypatch.setattr(torch.ops.onednn.qlinear_pointwise, "default", counted)
+    logits(model)
+    # two layers; in the last one only the first token of each text queries
+    assert sizes == [96, 32, 48, 32, 32, 32, 32, 32, 48, 32]
+
+
+def test_gradients_go_by_the_reference(bert):
+    inputs = torch.randn(3, 32)
+    linear = bert.bert.encoder.layer[0].intermediate.dense
+    expected = linear(inputs)
+    use_backend(bert, "bf16", verbose=False)
+    found = linear(inputs.requires_grad_())
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert inputs.grad is not None and linear.bias.grad is not None
+    with torch.no_grad():
+        assert not torch.equal(linear(inputs), expected)
+
+
+def test_nothing_is_saved(bert):
+    before = bert.state_dict()
+    use_backend(bert, "fp32", verbose=False)
+    logits(bert)
+    after = bert.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.to(torch.float32),
+        lambda model: model.load_state_dict(model.state_dict()) and model,
+        lambda model: use_backend(model, "reference", verbose=False) and model,
+    ],
+    ids=["copy", "pickle", "cast", "load", "reference"],
+)
+def test_other_weights_go_back_to_the_reference(bert, change):
+    model = pack(bert)
+    expected = logits(model)
+    use_backend(model, "bf16", bf16_states=True, verbose=False)
+    close(logits(model), expected, 0.05)
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(change(model)), expected)
+
+
+def test_a_copy_leaves_the_engines_of_the_model_alone(bert):
+    use_backend(bert, "bf16", verbose=False)
+    fast = logits(bert)
+    copy.deepcopy(bert)
+    assert torch.equal(logits(bert), fast)
+
+
+def test_the_fastest_of_those_that_can_is_chosen_for_each_shape(bert, monkeypatch, capsys):
+    asked: list[tuple[int, tuple[str, ...], tuple[int, ...]]] = []
+
+    def told(engines, num_inputs, rows, like):
+        asked.append((num_inputs, tuple(engines), tuple(rows)))
+        best = "fp32" if num_inputs == 48 else "bf16"
+        return {name: tuple(1.0 if name == best else 2.0 for _ in rows) for name in engines}
+
+    monkeypatch.setattr(backends, "time_engines", told)
+    report = use_backend(pack(bert), "auto", batch_tokens=(3, 5))
+    assert {(inputs, rows) for inputs, _, rows in asked} == {(32, (3, 5)), (48, (3, 5))}
+    assert len(asked) == 4  # query, key and value as one; attention output; both of the FFN
+    assert all(names == tuple(n for n in ("int8", "bf16", "fp32") if n in NAMES) for _, names, _ in asked)
+    assert {path: name for path, name in report.choices.items() if name == "fp32"} == {
+        f"bert.encoder.layer.{index}.output.dense": "fp32" for index in range(2)
+    }
+    assert [timing.num_outputs for timing in report.timings] == [96, 32, 48, 32]
+    assert capsys.readouterr().out == f"{report}\n"
+
+
+def test_what_was_chosen_once_can_be_chosen_again_without_measuring(bert, monkeypatch):
+    use = use_backend(bert, "auto", batch_tokens=(2,), verbose=False)
+    monkeypatch.setattr(backends, "time_engines", None)
+    again = use_backend(bert, use.choices, verbose=False)
+    assert again.choices == use.choices and again.timings == []
+
+
+def test_layers_that_integers_cannot_do_get_another_backend(bert):
+    model = bert
+    path = "bert.encoder.layer.1.output.dense"
+    linear = nn.Linear(48, 32)
+    replace_module(model, path, QuantizedLinear.from_linear(linear, BlockFormat(block=(16, 16))))
+    report = use_backend(model, "auto", batch_tokens=(2,), verbose=False)
+    assert report.choices[path] in ("bf16", "fp32")
+
+
+def test_projections_with_different_backends_run_on_their_own(bert):
+    model = pack(bert)
+    expected = logits(model)
+    choices = use_backend(model, "fp32", verbose=False).choices
+    choices["bert.encoder.layer.0.attention.self.key"] = "bf16"
+    use_backend(model, choices, verbose=False)
+    layers = model.bert.encoder.layer
+    assert not isinstance(layers[0].attention.self.query.engine, PartEngine)
+    assert isinstance(layers[1].attention.self.query.engine, PartEngine)
+    close(logits(model), expected, 0.03)
+
+
+def test_states_are_bfloat16_between_operators_and_come_out_as_they_went_in(bert):
+    model = pack(bert)
+    expected = logits(model)
+    report = use_backend(model, "bf16", bf16_states=True, verbose=False)
+    assert report.states == torch.bfloat16
+    seen: list[torch.dtype] = []
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    close(logits(model), expected, 0.05)
+    assert seen == [torch.bfloat16]
+    model(**BATCH)
+    assert seen == [torch.bfloat16, torch.float32]  # gradients are on
+    handle.remove()
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_states_are_bfloat16_by_themselves_where_the_processor_is_made_for_it(bert, monkeypatch, has_amx):
+    monkeypatch.setattr(backends, "_has_amx", lambda: has_amx)
+    model = pack(bert)
+    expected = torch.bfloat16 if has_amx else None
+    assert use_backend(model, "auto", batch_tokens=(2,), verbose=False).states == expected
+    assert use_backend(model, "auto", batch_tokens=(2,), bf16_states=False, verbose=False).states is None
+    assert use_backend(model, "fp32", verbose=False).states is None
+    assert packed_encoder(model).states is None
+
+
+def test_linears_that_stay_dense_keep_the_states_as_they_are(classifier, monkeypatch):
+    monkeypatch.setattr(backends, "_has_amx", lambda: True)
+    model = classifier("bert").float()
+    model = pack(quantized(model, paths=["bert.encoder.layer.0.output.dense"]))
+    assert use_backend(model, "auto", batch_tokens=(2,), verbose=False).states is None
+    with pytest.raises(ValueError, match=r"not quantised.*query"):
+        use_backend(model, "bf16", bf16_states=True, verbose=False)
+
+
+def test_states_of_a_model_that_is_not_packed_are_refused(bert):
+    with pytest.raises(ValueError, match=r"call pack\(model\) first"):
+        use_backend(bert, "bf16", bf16_states=True, verbose=False)
+
+
+def test_a_model_without_quantised_linears_is_refused(classifier):
+    with pytest.raises(ValueError, match=r"no quantised linear: call lightning_compress\.quantize"):
+        use_backend(classifier("bert"), "fp32")
+
+
+def test_a_backend_that_cannot_is_refused_with_the_layer_and_nothing_changes(bert):
+    expected = logits(bert)
+    with pytest.raises(ValueError, match=r"'nf4' cannot compute 'bert\..*multiples of 64"):
+        use_backend(bert, "nf4")
+    assert torch.equal(logits(bert), expected)
+    with pytest.raises(ValueError, match="'int5' is not one of"):
+        use_backend(bert, "int5")
+    with pytest.raises(ValueError, match="other layers than there are"):
+        use_backend(bert, {"classifier": "fp32"})
+
+
+def test_any_module_with_quantised_linears_will_do():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        QuantizedLinear.from_linear(nn.Linear(8, 8), BlockFormat(), BlockFormat()), nn.ReLU()
+    )
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(x)
+        assert use_backend(model, "bf16", verbose=False).choices == {"0": "bf16"}
+        close(model(x), expected, 0.03)

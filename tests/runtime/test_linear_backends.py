@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.nn.block_format import BlockFormat
+from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.runtime import linear_backends
+from lightning_compress.runtime.int8_linear import has_int8_kernels
+from lightning_compress.runtime.linear_backends import BACKENDS, build_engine, output_scales, refusal
+
+ROW = BlockFormat()
+
+
+def layer(
+    weight: BlockFormat = ROW, inputs: BlockFormat | None = ROW, outputs: int = 64, bias: bool = True
+) -> QuantizedLinear:
+    torch.manual_seed(outputs)
+    return QuantizedLinear.from_linear(nn.Linear(64, outputs, bias=bias), weight, inputs)
+
+
+def able(name: str) -> bool:
+    return name != "int8" or has_int8_kernels()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_computes_the_layer(name, bias):
+    if not able(name):
+        pytest.skip("no such kernels here")
+    part, x = layer(bias=bias), torch.randn(9, 64)
+    with torch.no_grad():
+        expected = part(x)
+        found = build_engine(name, part)(x)
+    error = (found - expected).norm() / expected.norm()
+    assert error < {"int8": 1e-5, "nf4": 0.15}.get(name, 0.02)
+
+
+@pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@pytest.mark.parametrize("rows", [1, 0, 5])
+@pytest.mark.parametrize("input_rows", [1, 0])
+def test_integers_give_what_the_reference_gives(bits, factor, rows, input_rows):
+    formats = BlockFormat(bits, (rows, 0), factor), BlockFormat(bits, (input_rows, 0), factor)
+    part = layer(*formats, bias=factor == "scale")  # with shifts the reference rounds the bias too
+    x = torch.randn(2, 7, 64) * torch.linspace(1, 20, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(build_engine("int8", part)(x), part(x), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_layers_with_one_input_are_one_product(name):
+    if not able(name):
+        pytest.skip("no such kernels here")
+    parts, x = [layer(outputs=size) for size in (64, 128, 64)], torch.randn(5, 64)
+    with torch.no_grad():
+        expected = torch.cat([build_engine(name, part)(x) for part in parts], dim=1)
+        torch.testing.assert_close(build_engine(name, parts)(x), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
+def test_one_factor_for_all_rows_is_that_of_the_whole_input():
+    part, x = layer(), torch.randn(5, 64)
+    x[0, 0] = 50.0
+    whole = layer(inputs=BlockFormat(block=(0, 0)))
+    with torch.no_grad():
+        found = build_engine("int8", part, one_factor=True)(x)
+        torch.testing.assert_close(found, whole(x), rtol=1e-5, atol=1e-5)
+        assert (found[1:] - part(x)[1:]).norm() > 0.01 * part(x)[1:].norm()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (layer(inputs=None), 'not quantised; use "bf16" or "fp32"'),
+        (layer(inputs=BlockFormat(block=(1, 16))), r"blocks \(1, 16\)"),
+        (layer(weight=BlockFormat(block=(16, 16))), "several factors for an output"),
+    ],
+)
+def test_what_integers_cannot_do_is_refused(part, words):
+    with pytest.raises(ValueError, match=words):
+        build_engine("int8", part)
+    assert refusal("fp32", part) is None
+
+
+def test_sizes_that_bitsandbytes_cannot_do_are_refused():
+    assert "multiples of 64" in str(refusal("nf4", layer(outputs=32)))
+    assert refusal("bnb8", layer(outputs=32)) is None
+    assert "multiples of 8" in str(refusal("bnb8", layer(outputs=12)))
+
+
+def test_bitsandbytes_is_asked_for_where_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(linear_backends, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in str(refusal("bnb8", layer()))
+
+
+def test_a_processor_without_kernels_is_told(monkeypatch):
+    monkeypatch.setattr(linear_backends, "has_int8_kernels", lambda: False)
+    assert "VNNI" in str(refusal("int8", layer()))
+
+
+def test_layers_that_differ_cannot_be_joined():
+    assert "cannot be joined" in str(refusal("fp32", [layer(), layer(inputs=None)]))
+    assert "cannot be joined" in str(refusal("fp32", [layer(), layer(bias=False)]))
+
+
+def test_a_backend_that_is_unknown_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"'int4' is not one of .*'nf4'"):
+        build_engine("int4", layer())
+
+
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@pytest.mark.parametrize("rows", [1, 0, 5])
+def test_scales_of_outputs_are_those_of_their_blocks(factor, rows):
+    part = layer(BlockFormat(8, (rows, 0), factor), None)
+    scales_N = output_scales(part)
+    assert scales_N is not None
+    torch.testing.assert_close(part.weight_int8() * scales_N[:, None], part.dequantized_weight())
+    assert output_scales(layer(BlockFormat(block=(1, 16)))) is None
