@@ -83,11 +83,20 @@ class QuantizedLinear(PackedMatrix):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, weight_format: BlockFormat, input_format: BlockFormat | None = None
+        cls,
+        linear: nn.Module,
+        weight_format: BlockFormat,
+        input_format: BlockFormat | None = None,
+        *,
+        fill: bool = True,
     ) -> QuantizedLinear:
         """Quantise an ``nn.Linear`` or ``Conv1D``; the bias stays the parameter that it is.
 
-        On the meta device there is nothing to quantise: the buffers are to be loaded next.
+        Args:
+            linear: The layer.
+            weight_format: In which blocks of how many bits its weight is to be held.
+            input_format: The same of inputs; None multiplies them as they are.
+            fill: Whether to take over the weight. Otherwise, and on the meta device, it is to be loaded next.
 
         Raises:
             TypeError: If it is another module.
@@ -98,7 +107,7 @@ class QuantizedLinear(PackedMatrix):
         weight_NK: Any = dense_weight(linear)
         layer = cls(*linear_shape(linear), weight_format, input_format, bias=False, device=weight_NK.device)
         layer.bias = linear.bias  # type: ignore[assignment]
-        if not weight_NK.is_meta:
+        if fill and not weight_NK.is_meta:
             layer.store(weight_NK.detach())
         return layer.train(linear.training)
 
