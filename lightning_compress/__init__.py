@@ -29,6 +29,7 @@ from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConf
 from lightning_compress.methods.width_slimming import WidthSlimmingConfig
 from lightning_compress.plan import CompressionPlan, PlanError
 from lightning_compress.runtime import pack, unpack
+from lightning_compress.runtime.backends import use_backend
 from lightning_compress.runtime.dial import (
     choose_threshold_scale,
     set_threshold_scale,
@@ -94,6 +95,7 @@ __all__ = [
     "sweep_exit_threshold",
     "sweep_threshold_scale",
     "unpack",
+    "use_backend",
 ]
 
 _NEED_LIGHTNING = (
