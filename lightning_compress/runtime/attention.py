@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compress.nn.quantized_attention import BlockAttention
 from lightning_compress.nn.segments import Segments
 
 try:
@@ -103,21 +104,27 @@ def padded_attention(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    attend: BlockAttention | None = None,
 ) -> Tensor:
     """Return what :func:`packed_attention` returns, by padding to the longest sequence and masking.
 
-    For devices on which one call per sequence costs more than the padding: few launches, each over everything.
+    For devices on which one call per sequence costs more than the padding: few launches, each over everything. And
+    for attention in integers, which ``attend`` computes.
     """
     place_M, real_BK = _places(cu_key)
     place_N, real_BQ = (place_M, real_BK) if cu_key is cu_query else _places(cu_query)
-    attended_BHQE = F.scaled_dot_product_attention(
+    padded = (
         _pad(query_NHE, place_N, real_BQ),
         _pad(key_MHE, place_M, real_BK),
         _pad(value_MHE, place_M, real_BK),
-        attn_mask=real_BK[:, None, None, :],
-        dropout_p=dropout,
-        scale=scale,
     )
+    seen_B11K = real_BK[:, None, None, :]
+    if attend is not None:
+        attended_BHQE, _ = attend(*padded, seen_B11K, scale, dropout)
+    else:
+        attended_BHQE = F.scaled_dot_product_attention(
+            *padded, attn_mask=seen_B11K, dropout_p=dropout, scale=scale
+        )
     return attended_BHQE.transpose(1, 2).flatten(0, 1).index_select(0, place_N)
 
 

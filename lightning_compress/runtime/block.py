@@ -10,14 +10,17 @@ E head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import LayerAnatomy
+from lightning_compress.nn.quantized_attention import BlockAttention
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.surgery import get_module
-from lightning_compress.runtime.attention import packed_attention
+from lightning_compress.runtime.attention import packed_attention, padded_attention
 from lightning_compress.runtime.fusion import FusedLinears, is_plain
 from lightning_compress.runtime.joined_engine import joined_engine
 
@@ -48,6 +51,7 @@ class LeanLayer:
             )
         self.layer = layer
         self.head_dim = anatomy.head_dim
+        self._attention = get_module(layer, (anatomy.attention or "").removeprefix(f"{anatomy.path}."))
         at = {slot.role: _Slot.find(layer, anatomy, slot.path) for slot in anatomy.linears}
         self._query, self._key, self._value = at["query"], at["key"], at["value"]
         self._output, self._ffn_in, self._ffn_out = at["attention_output"], at["ffn_in"], at["ffn_out"]
@@ -82,11 +86,15 @@ class LeanLayer:
             seen_BT: True for tokens that serve as keys; the others come out as they may.
             first_only: Compute and return the first token of each sequence only, ``[B, 1, D]``.
         """
-        queries_BQD = hidden_BTD[:, :1] if first_only else hidden_BTD
-        if hidden_BTD.shape[1] == 1:  # the only key gets all the attention
+        queries_BQD, attend = hidden_BTD[:, :1] if first_only else hidden_BTD, self.block_attention
+        if hidden_BTD.shape[1] == 1 and attend is None:  # the only key gets all the attention
             return self.after_attention(_run(self._value.module, hidden_BTD), queries_BQD)
         query, key, value = (part.transpose(1, 2) for part in self._project_padded(hidden_BTD, first_only))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_BT[:, None, None, :])
+        seen_B11T = seen_BT[:, None, None, :]
+        if attend is not None:
+            attended, _ = attend(query, key, value, seen_B11T)
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_B11T)
         return self.after_attention(attended.transpose(1, 2).flatten(2), queries_BQD)
 
     def after_attention(self, attended: Tensor, residual: Tensor) -> Tensor:
@@ -97,10 +105,16 @@ class LeanLayer:
         output = _dropped(self._ffn_dropout, _run(self._ffn_out.module, inner))
         return _run(self._ffn_norm.module, output + hidden)
 
+    @property
+    def block_attention(self) -> BlockAttention | None:
+        """How the layer attends in integers; None attends in floating point."""
+        return getattr(self._attention, "block_attention", None)
+
     def _attend(self, hidden_ND: Tensor, segments: Segments, queries_B: Tensor | None) -> Tensor:
+        attend = self.block_attention
         dropout = self._attention_dropout.module if self._attention_dropout is not None else None
         probability = float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
-        is_alone = segments.num_rows == segments.num_sequences and probability == 0.0
+        is_alone = segments.num_rows == segments.num_sequences and probability == 0.0 and attend is None
         if (
             is_alone and not torch.is_grad_enabled()
         ):  # DDP waits for gradients of query and key, if only zeros
@@ -108,9 +122,11 @@ class LeanLayer:
             return _run(self._value.module, rows_QD)  # the only key gets all the attention
         query, key, value = (rows[: segments.num_rows] for rows in self._project(hidden_ND, queries_B))
         of_queries = segments if queries_B is None else _one_each(segments, queries_B)
-        attended_QA = packed_attention(query, key, value, of_queries, segments, dropout=probability).flatten(
-            1
-        )
+        rows: Any = (query, key, value, of_queries, segments)
+        if attend is None:
+            attended_QA = packed_attention(*rows, dropout=probability).flatten(1)
+        else:
+            attended_QA = padded_attention(*rows, dropout=probability, attend=attend).flatten(1)
         spare = 0 if queries_B is not None else hidden_ND.shape[0] - segments.num_rows
         return F.pad(attended_QA, (0, 0, 0, spare)) if spare else attended_QA
 

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.operator_formats import preset
+from lightning_compress.nn.quantization_plan import quantize_model
 from lightning_compress.nn.segments import Segments
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear
 from lightning_compress.nn.surgery import get_module, replace_module
@@ -96,6 +98,42 @@ def test_linears_that_were_replaced_after_the_block_was_built_run_as_what_they_a
         after = block(hidden_ND, segments)
         torch.testing.assert_close(after, one_by_one(layer, hidden_ND, segments), rtol=1e-10, atol=1e-10)
     assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "operators", [("softmax",), ("linear", "attention", "softmax", "activation", "norm")]
+)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_a_quantised_layer_attends_in_integers_as_the_familys_own_code_does(
+    classifier, family, operators, context
+):
+    model = classifier(family)
+    block, layer = block_of(model)
+    hidden_ND, segments = inputs()
+    with context():
+        exact = block(hidden_ND, segments)
+        quantize_model(model, preset("w8a8", factor="shift", operators=operators))
+        found = block(hidden_ND, segments)
+        torch.testing.assert_close(found, one_by_one(layer, hidden_ND, segments), rtol=0.0, atol=1e-6)
+        firsts = block(hidden_ND, segments, segments.firsts_B)
+        torch.testing.assert_close(firsts, found[segments.firsts_B], rtol=0.0, atol=1e-6)
+        assert 0.0 < (found - exact).abs().max() < 1.0
+
+
+def test_a_quantised_layer_attends_in_integers_to_rows_that_are_alone_and_to_padded_ones(classifier):
+    model = classifier("bert")
+    block, layer = block_of(model)
+    quantize_model(model, preset("w8a8", factor="shift", operators=("attention", "softmax")))
+    hidden_ND, _ = inputs()
+    alone = Segments.of(torch.ones(12, 1, dtype=torch.bool))
+    with torch.no_grad():
+        expected = one_by_one(layer, hidden_ND, alone)
+        torch.testing.assert_close(block(hidden_ND, alone), expected, rtol=0.0, atol=1e-6)
+        for rows, seen in ((12, torch.ones(12, 1)), (1, torch.ones(1, 12)), (2, torch.ones(2, 6))):
+            padded = block.padded(hidden_ND.unflatten(0, (rows, -1)), seen.bool())
+            own = layer(hidden_ND.unflatten(0, (rows, -1)))
+            torch.testing.assert_close(padded, own, rtol=0.0, atol=1e-6)
 
 
 def test_fewer_heads_are_seen_as_they_are(classifier):

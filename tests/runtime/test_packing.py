@@ -6,6 +6,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertPreTrainedModel
 
 from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.operator_formats import preset
+from lightning_compress.nn.quantization_plan import quantize_model
 from lightning_compress.runtime.encoder import PackedEncoder
 from lightning_compress.runtime.packing import is_packed, pack, packed_encoder, unpack
 from tests.runtime.conftest import FAMILIES, HalfPolicy, ragged
@@ -28,6 +30,23 @@ def test_packing_is_in_place_keeps_every_name_and_unpacking_undoes_it(classifier
     assert not is_packed(model)
     assert type(model.get_submodule(describe(model).encoder)) is own
     assert list(model.state_dict()) == names
+
+
+@EACH_FAMILY
+def test_a_model_quantised_throughout_gives_the_same_packed(classifier, family):
+    model, batch = classifier(family, initializer_range=0.1).float(), ragged([4, 7, 1])
+    quantize_model(model, preset("w8a8", factor="shift", operators="all"))
+    with torch.no_grad():
+        padded = model(**batch).logits
+        packed = pack(model)(**batch).logits
+        singles = [model(**ragged_row(batch, row)).logits for row in range(3)]
+    torch.testing.assert_close(packed, padded, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(singles), packed, rtol=0.0, atol=1e-5)
+
+
+def ragged_row(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    length = int(batch["attention_mask"][row].sum())
+    return {name: values[row : row + 1, :length] for name, values in batch.items()}
 
 
 def test_packing_twice_is_packing_once_and_unpacking_what_is_not_packed_does_nothing(classifier):
