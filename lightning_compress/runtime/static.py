@@ -1,10 +1,10 @@
 """Static token dropping: fixed numbers of tokens per layer in the place of thresholds, for ``torch.export`` and ONNX.
 
-Shapes depend on the padded length alone, never on values. What ``save_pretrained`` writes of a static model is the
-model it was made from: make it static where it is exported. The next chapter is
-:mod:`lightning_compress.deploy.export`.
+Shapes depend on the padded length alone, never on values; for the same reason all texts answer by one exit. What
+``save_pretrained`` writes of a static model is the model it was made from: make it static where it is exported. The
+next chapter is :mod:`lightning_compress.deploy.export`.
 
-Shape legend: B sequences, T padded length, K tokens that stay, D hidden size, L layers.
+Shape legend: B sequences, T padded length, K tokens that stay, D hidden size, L layers, C classes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning_compress.nn.surgery import get_module, replace_module
 from lightning_compress.runtime.block import LeanLayer
 from lightning_compress.runtime.encoder import PackedEncoder
 from lightning_compress.runtime.packing import pack, packed_encoder
+from lightning_compress.runtime.static_exit import StaticExit
 from lightning_compress.runtime.trial import Batch, dropping_encoder, inputs_of, kept_counts
 
 __all__ = ["RankingPolicy", "StaticEncoder", "is_static", "make_static", "static_counts"]
@@ -57,18 +58,24 @@ class StaticEncoder(nn.Module):
         encoder: The packed encoder to take layers and policy from.
         anatomies: Those of its layers.
         counts: Tokens that enter each layer's attention; None keeps all.
+        answer: The exit that answers after the last of these layers; None leaves that to the model's head.
     """
 
     def __init__(
-        self, encoder: PackedEncoder, anatomies: Sequence[LayerAnatomy], counts: tuple[int, ...] | None
+        self,
+        encoder: PackedEncoder,
+        anatomies: Sequence[LayerAnatomy],
+        counts: tuple[int, ...] | None,
+        answer: StaticExit | None = None,
     ) -> None:
         super().__init__()
-        self.layer = encoder.layer
+        self.layer = encoder.layer[: len(anatomies)]
         self.register_module("policy", encoder.policy)
         self.counts = counts
         self.guard = _Guard()
-        self.first_only = encoder.first_only
-        self._lean = [LeanLayer(*pair) for pair in zip(encoder.layer, anatomies, strict=True)]
+        self.first_only = encoder.first_only if answer is None else answer.first_only
+        self._answer = answer
+        self._lean = [LeanLayer(*pair) for pair in zip(self.layer, anatomies, strict=True)]
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -98,6 +105,8 @@ class StaticEncoder(nn.Module):
                 real_BK, protected_BK = real_BK.gather(1, chosen_BK), protected_BK.gather(1, chosen_BK)
             is_last = index == len(self._lean) - 1
             hidden_BKD = block.padded(hidden_BKD, real_BK, first_only=self.first_only and is_last)
+        if self._answer is not None:
+            self._answer.give(hidden_BKD, real_BK)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, hidden_BKD))
 
 
@@ -114,26 +123,28 @@ class _Guard:
                 cast(Any, policy).guarded_BT = None
 
 
-def make_static(model: Model, counts: Sequence[int] | None = None) -> Model:
+def make_static(model: Model, counts: Sequence[int] | None = None, *, exit_layer: int | None = None) -> Model:
     """Return a copy of a model that keeps a fixed number of tokens at each layer, for export.
 
     Before each layer that decides, the ``counts`` tokens with the largest predicted shares stay, in their order; the
     classification token always, protected tokens before others, padding last. Thresholds and dial play no part: a
     long text may lose tokens that its thresholds would keep, and a short one keeps tokens that they would drop. With
-    counts of at least the padded length this is the dense model. Nobody leaves by an exit: all run all layers.
+    counts of at least the padded length this is the dense model. Exits are not asked who may leave: all texts run the
+    same layers, to the end or up to the exit that is named.
 
     Args:
         model: A converted or loaded token-dropping model, a packed or a dense encoder, or a module that holds one. Its
             weights are copied; it stays as it is.
         counts: Tokens that enter each layer, see :func:`static_counts`; where the policy does not decide, none leave
             whatever the count. None keeps all.
+        exit_layer: Layer, from 0, whose exit answers; layers after it are left out of the copy. None runs all layers.
 
     Returns:
         The copy, in evaluation mode.
 
     Raises:
-        ValueError: If counts are not one for each layer, fall below 1 or grow from layer to layer, or the model is
-            static already, cannot run packed, drops no tokens, or reads more than the first one.
+        ValueError: If counts are not one for each layer, fall below 1 or grow from layer to layer, there is no such
+            exit, or the model is static already, cannot run packed, drops no tokens, or reads more than the first one.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -149,16 +160,20 @@ def make_static(model: Model, counts: Sequence[int] | None = None) -> Model:
     encoder, anatomy = packed_encoder(static), describe(transformer)
     assert encoder is not None and anatomy.encoder is not None, "pack puts it there"
     checked = None if counts is None else _checked(counts, encoder)
+    answer = None if exit_layer is None else StaticExit.of(transformer, exit_layer)
+    num_layers = len(anatomy.layers) if exit_layer is None else exit_layer + 1
     if not encoder.first_only and checked is not None:
         raise ValueError(
             f"{type(transformer).__name__} reads more than the first token of what comes out, so tokens cannot leave: "
             "make a model that classifies or scores a whole text static, or leave counts out"
         )
-    fixed = StaticEncoder(encoder, anatomy.layers, checked)
+    fixed = StaticEncoder(encoder, anatomy.layers[:num_layers], checked, answer)
     replace_module(transformer, anatomy.encoder, fixed)
     router = ExitRouter.on(transformer)
     if router is not None:
         router.detach()
+    if answer is not None:
+        answer.attach(transformer)
     fixed.guard.take_over(get_module(transformer, anatomy.embeddings), encoder.policy)
     return static
 
