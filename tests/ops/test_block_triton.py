@@ -92,10 +92,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spilling(compiled: dict[s
 def test_products_run_on_integer_tensor_cores(compiled: dict[str, Any]):
     products = [kernel for kernel in compiled["kernels"] if "multiply" in kernel["name"]]
     assert len(products) == 15
-    instructions = ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", ".s32.s8.s8", "kind::i8")
-    assert [
-        kernel["name"] for kernel in products if not any(word in kernel["ptx"] for word in instructions)
-    ] == []
+    assert [kernel["name"] for kernel in products if ".s32.s8.s8" not in kernel["ptx"]] == []
 
 
 @needs_triton

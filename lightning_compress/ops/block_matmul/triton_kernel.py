@@ -46,14 +46,15 @@ def block_matmul(
     edge = min(a_columns or depth, b_columns or depth)
     is_unsigned = a_MK.dtype == torch.uint8
     largest = (255 if is_unsigned else 127) * 127
-    sizes = tile_sizes(num_rows, num_outputs, edge)
+    is_shift = a_factor_PQ.dtype == torch.int8
+    sizes = tile_sizes(num_rows, num_outputs, edge, is_shift)
     constants: dict[str, Any] = {
         "A_ROWS": a_rows or ALL,
         "B_ROWS": b_rows or ALL,
         "A_IS_ONE": a_factor_PQ.shape[-1] == 1,
         "B_IS_ONE": b_factor_PQ.shape[-1] == 1,
         "GUARD_BITS": guard_bits,
-        "IS_SHIFT": a_factor_PQ.dtype == torch.int8,
+        "IS_SHIFT": is_shift,
         "IS_UNSIGNED": is_unsigned,
         "IS_WIDE": depth * largest * 2**guard_bits >= 2**30,
         "HAS_BIAS": bias_N is not None,
@@ -80,22 +81,24 @@ def block_matmul(
     return out_MN
 
 
-def tile_sizes(num_rows: int, num_outputs: int, edge: int) -> dict[str, Any]:
+def tile_sizes(num_rows: int, num_outputs: int, edge: int, is_shift: bool) -> dict[str, Any]:
     """Return the tile that the kernel is compiled with for these sizes, and how it is run.
 
+    Exponents need more registers for each output than scales do, so that their tiles are smaller.
+
     Example:
-        >>> tile_sizes(1000, 384, 128)["BK"]
-        128
+        >>> [tile_sizes(1000, 384, 128, is_shift)["BM"] for is_shift in (False, True)]
+        [64, 32]
     """
-    tall = min(max(triton.next_power_of_2(num_rows), 16), 64)
-    broad = min(max(triton.next_power_of_2(num_outputs), 16), 128)
+    tall = min(max(triton.next_power_of_2(num_rows), 16), 32 if is_shift else 64)
+    broad = min(max(triton.next_power_of_2(num_outputs), 16), 64 if is_shift else 128)
     deep = min(max(triton.next_power_of_2(edge or 1), 32), 128)
     return {
         "BM": tall,
         "BN": broad,
         "BK": deep,
         "IS_ONE_STEP": edge <= deep,
-        "num_warps": 4,
+        "num_warps": 8 if tall * broad >= 2048 else 4,
         "num_stages": 3,
         "enable_fp_fusion": False,  # so that it rounds as the reference does
     }
@@ -233,10 +236,7 @@ def _aligned_bias(bias_N, exponent_MN):
     """Whole numbers nearest to ``bias / 2^exponent``, of at most 2^30."""
     pattern_N = bias_N.to(tl.int32, bitcast=True)
     own_N = (pattern_N >> 23) & 0xFF
-    magnitude_N = tl.where(own_N > 0, (pattern_N & 0x7FFFFF) | 0x800000, 0).to(
-        tl.int64
-    )  # times 2^(own - 150)
+    magnitude_N = tl.where(own_N > 0, (pattern_N & 0x7FFFFF) | 0x800000, 0)  # times 2^(own - 150)
     signed_N = tl.where(pattern_N < 0, -magnitude_N, magnitude_N)
-    shift_MN = exponent_MN + (150 + 7) - own_N[None, :]  # at least 0
-    value_MN = tl.broadcast_to((signed_N << 7)[None, :], shift_MN.shape)
-    return _shift_right(value_MN, tl.maximum(shift_MN, 0), 62)
+    shift_MN = exponent_MN + 150 - own_N[None, :]  # at least -7, and 24 + 7 bits fit
+    return _shift_right(signed_N[None, :] << tl.maximum(-shift_MN, 0), tl.maximum(shift_MN, 0), 30)
