@@ -102,6 +102,7 @@ VARIANTS: dict[str, Variant] = {
     "calibrated50": _distilled(_slim(50, calibration_batches=16), _exits()),
     "uncalibrated50": _distilled(_slim(50, calibration_batches=16, importance_from="final_exit"), _exits()),
     **{f"later{p}": _distilled(_exits()) for p in (50, 25)},
+    **{f"long{p}": _distilled(_slim(p), _exits()) for p in (50, 25, 12)},
     **{f"group{p}": _distilled(_slim(p, criterion="group_taylor")) for p in (50, 25)},
     **{f"global{p}": _distilled(_slim(p, ranking="global")) for p in (50, 25)},
     **{f"l0_{p}": _distilled(_slim(p, criterion="l0")) for p in (50, 25)},
@@ -114,6 +115,8 @@ VARIANTS: dict[str, Variant] = {
         hidden_weight=0.0,
     ),
 }
+LONG = 2
+"""``long`` variants get so many times the steps: as many as a slim model and exits ``later`` get together."""
 DEPTHS = {"student3": (0, 2, 4), "student2": (0, 3)}
 """Layers that a shorter student starts with."""
 
@@ -144,11 +147,12 @@ def train(name: str, variant: str, seed: int) -> dict[str, Any]:
     """Run one training and return its row; the trained model is saved under ``runs/``."""
     seed_everything(seed)
     callbacks = VARIANTS[variant](str(folder_of(name, "dense", seed)))
-    done = fit(name, callbacks, start_of(name, variant, seed))
+    steps = TASKS[name].steps * (LONG if variant.startswith("long") else 1)
+    done = fit(name, callbacks, start_of(name, variant, seed), steps)
     save(done.model, done.data, folder_of(name, variant, seed))
     dense = load_model(folder_of(name, "dense", seed))
     return {
-        **header(name, variant, seed),
+        **header(name, variant, seed, steps),
         **done.fields(),
         **sizes(done.model, dense),
         **evaluate(done.model, done.data, dense),
