@@ -164,7 +164,8 @@ def test_a_batch_is_its_matrices_and_its_rows_bit_for_bit(blocks: tuple, factor:
     assert together.shape == (2, 3, 5, 4) and together.is_contiguous()
     alone = block_matmul(a[0][1, 2], a[1][1, 2], b[0][1, 2], b[1][1, 2], bias, *blocks, factor)
     assert torch.equal(together[1, 2], alone)
-    monkeypatch.setattr(reference, "TILE", 8)  # two rows at once
+    monkeypatch.setattr(reference, "TILE", 1)
+    monkeypatch.setattr(reference, "MIN_ROWS", 2)
     assert torch.equal(block_matmul(*a, *b, bias, *blocks, factor), together)
 
 

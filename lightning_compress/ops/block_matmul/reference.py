@@ -22,6 +22,9 @@ __all__ = ["bias_exponents", "block_matmul"]
 TILE = 2**16
 """Outputs at once, so that they stay in the cache while blocks are added."""
 
+MIN_ROWS = 32
+"""Rows at once of each matrix, however many matrices there are: products of fewer are slow."""
+
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 
 
@@ -165,6 +168,6 @@ def _over_rows(factor_PQ: Tensor, rows: int, num_rows: int, num_columns: int) ->
 
 def _tiles(out_MN: Tensor) -> Iterator[slice]:
     num_rows = out_MN.shape[-2]
-    step = max(1, TILE * num_rows // max(out_MN.numel(), 1))
+    step = max(MIN_ROWS, TILE * num_rows // max(out_MN.numel(), 1))
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
