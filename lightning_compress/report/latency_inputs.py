@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.nn.quantized_parts import QuantizedEmbedding
+
 __all__ = [
     "CLOCKS",
     "DTYPES",
@@ -126,7 +128,7 @@ def check_lengths(name: str, model: nn.Module, lengths: Sequence[int]) -> None:
         )
     limit = getattr(config, "max_position_embeddings", None)
     for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding | QuantizedEmbedding):
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     if limit is not None and max(lengths) > limit:
         raise ValueError(

@@ -14,6 +14,8 @@ from transformers import (
     RobertaModel,
 )
 
+from lightning_compress.nn.operator_formats import preset
+from lightning_compress.nn.quantization_plan import quantize_model
 from lightning_compress.report.latency_inputs import (
     check_clock,
     check_lengths,
@@ -103,8 +105,11 @@ def test_positions_that_roberta_keeps_for_padding_do_not_count():
     ).eval()
     check_lengths("roberta", model, [16])
     model(input_ids=torch.full((1, 16), 5))
-    with pytest.raises(ValueError, match="16 positions"):
-        check_lengths("roberta", model, [17])
+    for formats in (None, preset("w8a8")):
+        if formats is not None:
+            quantize_model(model, formats)
+        with pytest.raises(ValueError, match="16 positions"):
+            check_lengths("roberta", model, [17])
 
 
 def test_a_module_without_a_vocabulary_is_refused():
