@@ -22,6 +22,8 @@ from lightning_compress.runtime.packing import packed_encoder
 __all__ = ["use_backend"]
 
 _MEASURED = ("int8", "bf16", "fp32")
+_SAMPLE = 4
+"""Layers of each shape that are measured."""
 
 Group = tuple[str, ...]
 """Paths of layers that run as one."""
@@ -135,20 +137,24 @@ def _measure(
     like: Tensor,
     timings: list[Timing],
 ) -> dict[str, str]:
-    """Return a backend for each layer: that of the first group of its shape and formats."""
-    known: dict[object, str] = {}
-    choices: dict[str, str] = {}
+    """Return a backend for each layer: the fastest for some layers of its shape and formats."""
+    shapes: dict[object, list[Group]] = {}
     for group in groups:
         parts = [layers[path] for path in group]
-        first, outputs = parts[0], sum(part.out_features for part in parts)
-        key = (first.in_features, outputs, first.input_format, *[part.weight_format for part in parts])
-        if key not in known:
-            able = [name for name in _MEASURED if refusal(name, parts, one_factor=one_factor) is None]
-            engines = {name: build_engine(name, parts, one_factor=one_factor) for name in able}
-            seconds = time_engines(engines, first.in_features, rows, like)
-            known[key] = fastest(seconds)
-            timings.append(Timing(first.in_features, outputs, rows, seconds, known[key]))
-        choices |= dict.fromkeys(group, known[key])
+        sizes = parts[0].in_features, sum(part.out_features for part in parts)
+        key = (*sizes, parts[0].input_format, *[part.weight_format for part in parts])
+        shapes.setdefault(key, []).append(group)
+    choices: dict[str, str] = {}
+    for alike in shapes.values():
+        sample = [[layers[path] for path in group] for group in alike[:_SAMPLE]]
+        able = [name for name in _MEASURED if refusal(name, sample[0], one_factor=one_factor) is None]
+        engines = {
+            name: [build_engine(name, parts, one_factor=one_factor) for parts in sample] for name in able
+        }
+        num_inputs, num_outputs = sample[0][0].in_features, sum(part.out_features for part in sample[0])
+        seconds = time_engines(engines, num_inputs, rows, like)
+        timings.append(Timing(num_inputs, num_outputs, rows, seconds, fastest(seconds)))
+        choices |= {path: timings[-1].chosen for group in alike for path in group}
     return {path: choices[path] for path in layers}
 
 

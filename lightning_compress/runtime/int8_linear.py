@@ -152,8 +152,7 @@ def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) 
     magnitude_MK = x_MK.abs()
     amax = magnitude_MK.amax() if one_factor else magnitude_MK.amax(1, keepdim=True)
     if held.factor == "scale":
-        scale = block_scales(amax, held.largest)
-        scale = scale.masked_fill_(scale < _SMALLEST_NORMAL, 1.0)
+        scale = block_scales(amax, held.largest).clamp_min_(_SMALLEST_NORMAL)  # zeros stay zeros, and NaN NaN
         return (x_MK / scale).round_().to(torch.int8), scale
     scale = power_of_two(block_exponents(amax, held.largest))
     return (x_MK / scale).round_().clamp_(-held.largest, held.largest).to(torch.int8), scale

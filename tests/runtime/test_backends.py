@@ -131,15 +131,18 @@ def test_a_copy_leaves_the_engines_of_the_model_alone(bert):
 
 def test_the_fastest_of_those_that_can_is_chosen_for_each_shape(bert, monkeypatch, capsys):
     asked: list[tuple[int, tuple[str, ...], tuple[int, ...]]] = []
+    numbers: set[int] = set()
 
     def told(engines, num_inputs, rows, like):
         asked.append((num_inputs, tuple(engines), tuple(rows)))
+        numbers.update(len(layers) for layers in engines.values())
         best = "fp32" if num_inputs == 48 else "bf16"
         return {name: tuple(1.0 if name == best else 2.0 for _ in rows) for name in engines}
 
     monkeypatch.setattr(backends, "time_engines", told)
     report = use_backend(pack(bert), "auto", batch_tokens=(3, 5))
     assert {(inputs, rows) for inputs, _, rows in asked} == {(32, (3, 5)), (48, (3, 5))}
+    assert numbers == {2}  # one of each layer
     assert len(asked) == 4  # query, key and value as one; attention output; both of the FFN
     assert all(names == tuple(n for n in ("int8", "bf16", "fp32") if n in NAMES) for _, names, _ in asked)
     assert {path: name for path, name in report.choices.items() if name == "fp32"} == {

@@ -29,17 +29,29 @@ def test_engines_are_called_with_rows_as_they_are_in_use():
         return x
 
     like = torch.empty(0, dtype=torch.bfloat16)
-    seconds = time_engines({"fp32": engine}, 6, (1, 9), like)
+    seconds = time_engines({"fp32": [engine]}, 6, (1, 9), like)
     assert seen == {((1, 6), torch.bfloat16, False), ((9, 6), torch.bfloat16, False)}
     assert len(seconds["fp32"]) == 2 and min(seconds["fp32"]) > 0
 
 
+def test_layers_are_called_one_after_the_other_and_backends_in_turns():
+    called: list[str] = []
+
+    def engine(name: str):
+        return lambda x: called.append(name) or x
+
+    time_engines({"int8": [engine("a"), engine("b")], "bf16": [engine("c")]}, 4, (2,), torch.empty(0))
+    assert called[:6] == ["a", "b", "c", "a", "b", "c"]
+
+
 def test_what_takes_longer_is_measured_as_longer():
     def slow(x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.002)
+        started = time.thread_time()
+        while time.thread_time() < started + 0.002:
+            pass
         return x
 
-    seconds = time_engines({"int8": slow, "bf16": lambda x: x}, 4, (2,), torch.empty(0))
+    seconds = time_engines({"int8": [slow], "bf16": [lambda x: x]}, 4, (2,), torch.empty(0))
     assert seconds["int8"][0] >= 0.002
     assert fastest(seconds) == "bf16"
 
