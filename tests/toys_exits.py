@@ -5,6 +5,7 @@ Shape legend: B examples, N rows, C classes, D hidden size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from lightning_compress.nn.exit_policy import ExitRule
 from lightning_compress.nn.exit_rules import make_exit_rule
 from lightning_compress.nn.segments import Segments, segment_sum
 
-__all__ = ["ToyExits", "add_exits", "alone", "exiting_model", "labelled_batches", "together"]
+__all__ = [
+    "EVERYBODY_OF_TWO",
+    "ToyExits",
+    "add_exits",
+    "alone",
+    "exiting_model",
+    "labelled_batches",
+    "together",
+]
+
+EVERYBODY_OF_TWO = math.log(2) + 1e-6
+"""A threshold of the entropy of two classes that the least sure example is below."""
 
 
 class ToyExits:

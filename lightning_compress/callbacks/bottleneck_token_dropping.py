@@ -89,11 +89,11 @@ class BottleneckTokenDropping(TokenDroppingCallback):
             entropy_from_start=entropy_from_start,
             penalize=penalize,
             detach_hidden=detach_hidden,
-            layers=None if layers is None else tuple(layers),
+            layers=layers,  # type: ignore[arg-type]
             sampler_width=sampler_width,
             sampler_lr=sampler_lr,
             protect_first=protect_first,
-            protect_tokens=tuple(protect_tokens),
+            protect_tokens=protect_tokens,  # type: ignore[arg-type]
             warmup=warmup,
             ramp_end=ramp_end,
             max_drop=max_drop,

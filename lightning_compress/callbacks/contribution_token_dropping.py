@@ -98,11 +98,11 @@ class ContributionTokenDropping(TokenDroppingCallback):
             saliency_to_encoder=saliency_to_encoder,
             teacher=teacher if teacher_model is None else MODULE,
             teacher_bits=teacher_bits,
-            layers=None if layers is None else tuple(layers),
+            layers=layers,  # type: ignore[arg-type]
             predictor_width=predictor_width,
             predictor_lr=predictor_lr,
             protect_first=protect_first,
-            protect_tokens=tuple(protect_tokens),
+            protect_tokens=protect_tokens,  # type: ignore[arg-type]
             warmup=warmup,
             ramp_end=ramp_end,
             slope_start=slope_start,

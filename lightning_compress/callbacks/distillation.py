@@ -71,7 +71,7 @@ class Distillation(CompressionCallback):
             temperature=temperature,
             task_weight=task_weight,
             start=start,
-            stages=None if stages is None else tuple(stages),
+            stages=stages,  # type: ignore[arg-type]
             hidden_first=hidden_first,
         )
         resources = None if teacher_model is None else {"teacher_model": teacher_model}

@@ -87,7 +87,7 @@ class MultiExit(CompressionCallback):
         convert: bool = True,
     ) -> None:
         config = Config(
-            exits=None if exits is None else tuple(exits),
+            exits=exits,  # type: ignore[arg-type]
             rule=rule,
             threshold=threshold,
             target_flops=target_flops,

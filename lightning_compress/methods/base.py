@@ -6,9 +6,21 @@ dataclass. ``prepare`` returns a handle; this file states what the rest of the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from numbers import Integral, Real
+from types import UnionType
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from torch import nn
 
@@ -23,6 +35,7 @@ __all__ = [
     "MethodModule",
     "check",
     "check_choice",
+    "check_kinds",
     "config_from_dict",
     "leaves_no_trace",
 ]
@@ -70,6 +83,35 @@ def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> N
     """
     value = getattr(config, name)
     check(value in choices, f"{name}={value!r} is not one of {list(choices)}")
+
+
+def check_kinds(config: MethodConfig) -> None:
+    """Refuse what is no number where a field holds one, and a single one where it holds several.
+
+    Raises:
+        TypeError: If a value is of another kind than its field.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):  # type: ignore[arg-type]
+        value, hint = getattr(config, field.name), hints[field.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if value is None and type(None) in kinds:
+            continue
+        given = f"{field.name}={value!r} is of type {type(value).__name__}"
+        listed = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
+        if listed in (int, float):
+            items = list(value) if isinstance(value, Iterable) else [None]
+            if not all(_is_number(item, whole=listed is int) for item in items):
+                words = "whole numbers" if listed is int else "numbers"
+                raise TypeError(
+                    f"{given}, but lists {words}: give a list of them, of one too, e.g. [{listed(1)}]"
+                )
+        elif (int in kinds or float in kinds) and not _is_number(value):
+            raise TypeError(f"{given}, but stands for a number")
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 
 class AuxiliaryGroup(NamedTuple):

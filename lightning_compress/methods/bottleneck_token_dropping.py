@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice, check_kinds
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.token_dropping import (
     check_can_drop,
@@ -97,6 +97,7 @@ class BottleneckTokenDroppingConfig(MethodConfig):
     set to the fastest that stays within. By default it stays as trained."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check(
             self.target_flops is None or self.target_tokens is None,
             f"target_flops={self.target_flops} and target_tokens={self.target_tokens} are two goals: give one",

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.saliency_teacher import SaliencyTeacher
 from lightning_compress.methods.teacher import source_of
@@ -112,6 +112,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
     scale of the thresholds is set to the fastest that stays within. By default the scale stays as trained."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, "teacher", source_of(self.teacher))
         goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
         given = {name: value for name, value in goals.items() if value is not None}

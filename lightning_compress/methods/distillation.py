@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
 from lightning_compress.methods.teacher import Teacher, check_same_task, source_of
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.distillation import (
@@ -80,6 +80,7 @@ class DistillationConfig(MethodConfig):
     """Share of each stage, in [0, 1), that trains on hidden states alone, without predictions and task."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, "teacher", source_of(self.teacher))
         check(self.teacher_bits in (None, 4, 8), f"teacher_bits={self.teacher_bits} is not 4, 8 or None")
         for name in ("hidden_weight", "logit_weight", "task_weight"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice, check_kinds
 from lightning_compress.methods.token_dropping import whole_numbers
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.distillation import LogitsRecorder, stop_recording
@@ -38,6 +38,9 @@ from lightning_compress.plan import PlanError
 from lightning_compress.runtime import PackedEncoder, packed_encoder
 
 __all__ = ["Config", "MultiExitConfig", "MultiExitHandle", "convert", "prepare", "restore", "update"]
+
+_MANY = 1000
+"""More layers than models have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class MultiExitConfig(MethodConfig):
     """Share of training over which the weights of the exits' losses grow from 0, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_choice(self, "rule", get_args(ExitRuleName))
         check_choice(self, "pooling", get_args(Pooling))
         goals = [
@@ -97,8 +101,9 @@ class MultiExitConfig(MethodConfig):
             check(0.0 <= value < math.inf, f"{name}={value} is not a number from 0")
         check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
         object.__setattr__(self, "exits", None if self.exits is None else tuple(self.exits))
-        # refuses a threshold or tolerance out of range
-        make_exit_rule(**_rule_settings(self), layers=(0,), num_labels=2, hidden_size=1)
+        # refuses a threshold or tolerance that is out of range for any model
+        layers = range(_MANY) if self.exits is None else self.exits
+        make_exit_rule(**_rule_settings(self), layers=layers, num_labels=None, hidden_size=1)
 
 
 Config = MultiExitConfig

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check
+from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
@@ -95,6 +95,7 @@ class SoftThresholdRankConfig(MethodConfig):
     """A layer stays dense where its two factors would hold more than this share of the dense weights, in (0, 1]."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
         check(
             self.scope in ("linear", "encoder", "total"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from lightning_compress.methods.base import MethodConfig, check, check_choice
+from lightning_compress.methods.base import MethodConfig, check, check_choice, check_kinds
 from lightning_compress.nn.width_costs import Scope
 
 __all__ = ["ImportanceFrom", "Width", "WidthSlimmingConfig"]
@@ -77,6 +77,7 @@ class WidthSlimmingConfig(MethodConfig):
     """Learning rate of the gates by criterion ``"l0"``, positive; by default from the length of the search."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("heads", "ffn", "embedding_rank", "hidden"):
             _check_width(name, getattr(self, name))
         check(

@@ -7,6 +7,7 @@ Shape legend: B examples that are still there, N rows, C classes, D hidden size,
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from lightning_compress.nn.segments import Segments
 
 __all__ = ["ExitPolicy", "ExitRule", "ExitRuleName", "PassMemory"]
+
+_SLACK = 2e-6
 
 ExitRuleName = Literal["entropy", "max_prob", "margin", "patience", "learned"]
 """Names of the rules."""
@@ -80,6 +83,7 @@ class ExitRule(nn.Module):
     Args:
         layers: Layers after which there is an exit, ascending, from 0; the last layer is not among them.
         threshold: What measures are compared with; None is :attr:`off`.
+        num_labels: Logits of each exit, which bound what some rules can measure; None if they are not known.
 
     Raises:
         ValueError: If the threshold is out of range.
@@ -97,9 +101,11 @@ class ExitRule(nn.Module):
     is_checked_K: Tensor
     """Which exits are worth asking, bool, in the order of :attr:`layers`; a rule that looks back asks all."""
 
-    def __init__(self, layers: Sequence[int], threshold: float | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[int], threshold: float | None = None, *, num_labels: int | None = None
+    ) -> None:
         super().__init__()
-        self.layers = tuple(layers)
+        self.layers, self.num_labels = tuple(layers), num_labels
         threshold = self.off if threshold is None else threshold
         self.register_buffer("threshold", torch.tensor(self.checked(threshold), dtype=torch.float32))
         self.register_buffer("is_checked_K", torch.ones(len(self.layers), dtype=torch.bool))
@@ -111,16 +117,19 @@ class ExitRule(nn.Module):
         Raises:
             ValueError: If it is not.
         """
-        if not 0.0 <= threshold <= self._highest():
+        low, high = self._range()
+        if not low - self._slack(low) <= threshold <= high + self._slack(high):
             raise ValueError(
-                f"threshold={threshold} of the exit rule {self.name!r} is outside [0, {self._highest():g}]: "
+                f"threshold={threshold} of the exit rule {self.name!r} is outside [{low:.4g}, {high:.4g}], what it "
+                f"measures{'' if self.num_labels is None else f' of {self.num_labels} classes'}: give one inside; "
                 f"{self.off:g} lets nobody leave early"
             )
         return float(threshold)
 
     def nearest(self, threshold: float) -> float:
         """Return the nearest threshold in range."""
-        return min(max(threshold, 0.0), self._highest())
+        low, high = self._range()
+        return min(max(threshold, low - self._slack(low)), high + self._slack(high))
 
     def asked_layers(self) -> list[int]:
         """Return the layers after which somebody might leave, so that the exit there has to be run."""
@@ -171,8 +180,13 @@ class ExitRule(nn.Module):
             stay_B: True for examples that go on, of those that were there at the latest exit.
         """
 
-    def _highest(self) -> float:
-        return 1.0
+    def _range(self) -> tuple[float, float]:
+        """Return the least and the largest threshold that lets some leave and others stay."""
+        return 0.0, 1.0
+
+    def _slack(self, bound: float) -> float:
+        """Return how far beyond a bound everybody leaves, examples of just that measure too."""
+        return 0.0 if bound in (0.0, 1.0, math.inf) else _SLACK * (1.0 + bound)
 
     def _current(self) -> tuple[float, frozenset[int]]:
         now = self._pass.now

@@ -56,8 +56,10 @@ class EntropyRule(ExitRule):
 
     Args:
         layers: See :class:`ExitRule`.
-        threshold: In nats, at least 0; as a share of ``ln C``, in [0, 1], if ``normalized``. None is 0, nobody leaves.
+        threshold: In nats, in [0, ln C]; as a share of ``ln C``, in [0, 1], if ``normalized``. None is 0, nobody
+            leaves.
         normalized: Whether the entropy is divided by ``ln C``.
+        num_labels: See :class:`ExitRule`.
 
     Paper: COST-EFF §4 of the specification, [code].
 
@@ -73,10 +75,15 @@ class EntropyRule(ExitRule):
     is_below = True
 
     def __init__(
-        self, layers: Sequence[int], threshold: float | None = None, *, normalized: bool = False
+        self,
+        layers: Sequence[int],
+        threshold: float | None = None,
+        *,
+        normalized: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         self.normalized = normalized
-        super().__init__(layers, threshold)
+        super().__init__(layers, threshold, num_labels=num_labels)
 
     def measure(self, layer: int, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
         """Return the entropy."""
@@ -84,12 +91,14 @@ class EntropyRule(ExitRule):
         _check_classes(self.name, logits_BC.shape[-1])
         return prediction_entropy(logits_BC, normalized=self.normalized)
 
-    def _highest(self) -> float:
-        return 1.0 if self.normalized else math.inf
+    def _range(self) -> tuple[float, float]:
+        if self.normalized:
+            return 0.0, 1.0
+        return 0.0, math.inf if self.num_labels is None else math.log(self.num_labels)
 
 
 class MaxProbRule(ExitRule):
-    """Leave where the largest probability is above the threshold, in [0, 1]; None is 1, nobody leaves.
+    """Leave where the largest probability is above the threshold, in [1/C, 1]; None is 1, nobody leaves.
 
     For two classes this orders examples as the entropy does.
 
@@ -105,6 +114,9 @@ class MaxProbRule(ExitRule):
         del layer, hidden_BD
         _check_classes(self.name, logits_BC.shape[-1])
         return _precise(logits_BC).softmax(dim=-1).amax(dim=-1)
+
+    def _range(self) -> tuple[float, float]:
+        return 0.0 if self.num_labels is None else 1.0 / self.num_labels, 1.0
 
 
 class MarginRule(ExitRule):
@@ -133,7 +145,7 @@ class PatienceRule(ExitRule):
 
     Args:
         layers: See :class:`ExitRule`.
-        threshold: Whole number, at least 1.
+        threshold: Whole number, at least 1 and below the number of exits.
         tolerance: In the unit of the labels, above 0.
 
     Raises:
@@ -169,6 +181,12 @@ class PatienceRule(ExitRule):
                 f"threshold={threshold} of the exit rule 'patience' must be a whole number of exits in a row, at least "
                 "1: inf lets nobody leave early"
             )
+        if math.isfinite(threshold) and threshold >= len(self.layers):
+            raise ValueError(
+                f"threshold={threshold} of the exit rule 'patience' is more than can agree with the one before of "
+                f"{len(self.layers)} exits, {len(self.layers) - 1}: give a smaller one, or more exits; inf lets nobody "
+                "leave early"
+            )
         return float(threshold)
 
     def start(self, batch_size: int, device: torch.device | str) -> None:
@@ -202,9 +220,6 @@ class PatienceRule(ExitRule):
         assert memory.count_B is not None, "a pass was started"
         memory.count_B = memory.count_B[stay_B]
         memory.before_B = None if memory.before_B is None else memory.before_B[stay_B]
-
-    def _highest(self) -> float:
-        return math.inf
 
 
 class LearnedRule(ExitRule):
@@ -249,7 +264,7 @@ def make_exit_rule(
     name: str,
     layers: Sequence[int],
     *,
-    num_labels: int,
+    num_labels: int | None,
     threshold: float | None = None,
     normalized: bool = False,
     tolerance: float = 0.1,
@@ -260,7 +275,7 @@ def make_exit_rule(
     Args:
         name: One of ``"entropy"``, ``"max_prob"``, ``"margin"``, ``"patience"``, ``"learned"``.
         layers: Layers after which there is an exit, ascending, from 0; the last layer is not among them.
-        num_labels: Logits C of each exit; 1 is regression.
+        num_labels: Logits C of each exit; 1 is regression. None if they are not known.
         threshold: See the rule; None lets nobody leave.
         normalized: Of ``"entropy"``.
         tolerance: Of ``"patience"``.
@@ -274,14 +289,14 @@ def make_exit_rule(
         >>> make_exit_rule("entropy", [0, 1], num_labels=2, threshold=0.1).threshold
         tensor(0.1000)
     """
-    if name in ("entropy", "max_prob", "margin"):
+    if name in ("entropy", "max_prob", "margin") and num_labels is not None:
         _check_classes(name, num_labels)
     if name == "entropy":
-        return EntropyRule(layers, threshold, normalized=normalized)
+        return EntropyRule(layers, threshold, normalized=normalized, num_labels=num_labels)
     if name == "max_prob":
-        return MaxProbRule(layers, threshold)
+        return MaxProbRule(layers, threshold, num_labels=num_labels)
     if name == "margin":
-        return MarginRule(layers, threshold)
+        return MarginRule(layers, threshold, num_labels=num_labels)
     if name == "patience":
         return PatienceRule(layers, threshold, tolerance=tolerance)
     if name == "learned":

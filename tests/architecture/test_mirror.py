@@ -26,7 +26,6 @@ TESTED_TOGETHER = {
     "callbacks/randomness.py": "callbacks/test_resume.py",
     "callbacks/session.py": "callbacks/test_base.py",
     "losses/base.py": "losses/test_soft_threshold_rank.py",
-    "methods/base.py": "methods/test_soft_threshold_rank.py",
 }
 
 

@@ -22,6 +22,7 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.runtime import is_packed, packed_encoder
 from tests.toys import ToyModule, toy_loader, toy_trainer
+from tests.toys_exits import EVERYBODY_OF_TWO
 from tests.toys_runs import (
     DROPOUT,
     Scheduled,
@@ -89,7 +90,11 @@ def test_a_threshold_counts_in_validation_while_training_too() -> None:
             seen.append(self.model(**batch).exit_depth.tolist())  # type: ignore[misc]
 
     fitted(
-        MultiExit(threshold=0.7), module=Validated(**DEEP), num_sanity_val_steps=0, max_epochs=1, max_steps=-1
+        MultiExit(threshold=EVERYBODY_OF_TWO),
+        module=Validated(**DEEP),
+        num_sanity_val_steps=0,
+        max_epochs=1,
+        max_steps=-1,
     )
     assert seen == [[1] * 4] * 4
 
@@ -228,7 +233,7 @@ def test_a_checkpoint_of_a_converted_model_opens_in_a_plain_module(tmp_path: Pat
 
 
 def test_convert_can_wait() -> None:
-    module = fitted(MultiExit(threshold=0.7, convert=False))
+    module = fitted(MultiExit(threshold=EVERYBODY_OF_TWO, convert=False))
     assert not is_packed(module) and set(depths(module.model)) == {1}
     convert(module)
     assert is_packed(module) and set(depths(module.model)) == {1}

@@ -26,6 +26,7 @@ from lightning_compress.nn.soft_label_loss import prediction_distance, soft_cros
 from lightning_compress.plan import PlanError
 from lightning_compress.runtime import is_packed, pack, unpack
 from tests.toys import ToyTexts, tiny_bert
+from tests.toys_exits import EVERYBODY_OF_TWO
 
 MASK_BT = (torch.arange(6) < torch.tensor([6, 3, 4, 1])[:, None]).long()
 
@@ -156,7 +157,7 @@ def test_a_deeper_teacher_of_another_vocabulary_of_states_teaches_predictions_on
 
 
 def test_exits_are_taught_by_the_exits_of_a_teacher_that_was_saved_packed(tmp_path: Path) -> None:
-    deep, exits = {"num_hidden_layers": 3}, MultiExitConfig(threshold=10.0, dropout=0.0)
+    deep, exits = {"num_hidden_layers": 3}, MultiExitConfig(threshold=EVERYBODY_OF_TWO, dropout=0.0)
     assistant = Compressor(tiny_bert(seed=5, **deep), [exits])
     assistant.prepare()
     attach_plan(assistant.model, assistant.convert())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForTokenClassification, BertModel
 
+from lightning_compress.callbacks import MultiExit
 from lightning_compress.compressor import Compressor
 from lightning_compress.deploy import attach_plan, load, save_pretrained
 from lightning_compress.methods import multi_exit, restore
@@ -92,6 +93,10 @@ def run(model: Any, **batch: Tensor) -> Any:
         ({"rule": "max_prob", "threshold": 1.5}, "threshold=1.5"),
         ({"rule": "patience", "threshold": 0.5}, "threshold=0.5"),
         ({"rule": "patience", "tolerance": 0.0}, "tolerance=0.0"),
+        (
+            {"rule": "patience", "threshold": 2, "exits": (0, 1)},
+            "threshold=2 .* of 2 exits, 1: give a smaller",
+        ),
         ({"pooling": "last"}, "pooling='last' is not one of"),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
         ({"label_weight": -1.0}, "label_weight=-1.0 is not a number from 0"),
@@ -102,6 +107,41 @@ def run(model: Any, **batch: Tensor) -> Any:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiExitConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": "low"}, "threshold='low' is of type str, but stands for a number"),
+        (
+            {"exits": 3},
+            r"exits=3 is of type int, but lists whole numbers: give a list of them, .* e.g. \[1\]",
+        ),
+        ({"exits": (0, 1.5)}, r"exits=\(0, 1.5\) is of type tuple, but lists whole numbers"),
+        ({"label_weight": None}, "label_weight=None is of type NoneType, but stands for a number"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    for takes in (MultiExitConfig, MultiExit):
+        with pytest.raises(TypeError, match=message):
+            takes(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 0.7}, r"threshold=0.7 .* outside \[0, 0.6931\], what it measures of 2 classes"),
+        ({"rule": "max_prob", "threshold": 0.4}, r"threshold=0.4 .* outside \[0.5, 1\]"),
+        ({"rule": "patience", "threshold": 3}, "of 3 exits, 2: give a smaller one"),
+    ],
+)
+def test_a_threshold_beyond_what_can_be_measured_is_refused_before_training(
+    settings: dict[str, Any], message: str
+) -> None:
+    model = tiny_bert(num_hidden_layers=4)
+    with pytest.raises(ValueError, match=message):
+        multi_exit.prepare(model, MultiExitConfig(**settings))
+    assert not hasattr(model, "exits") and not hasattr(model, "exit_rule")
 
 
 # preparing

@@ -22,6 +22,7 @@ from lightning_compress.methods.width_slimming import prepare as prepare_widths
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.plan import CompressionPlan, MethodRecord
 from tests.toys import ToyTexts, tiny_bert
+from tests.toys_exits import EVERYBODY_OF_TWO
 
 
 def ids() -> Tensor:
@@ -178,7 +179,7 @@ def test_a_snapshot_is_as_narrow_as_the_model_was() -> None:
 
 def test_no_text_leaves_a_teacher_early(tmp_path: Path) -> None:
     student = tiny_bert(num_hidden_layers=3).eval()
-    handle = prepare_exits(student, MultiExitConfig(threshold=10.0))
+    handle = prepare_exits(student, MultiExitConfig(threshold=EVERYBODY_OF_TWO))
     everyone = said(student)  # leaves after the first layer
     twin = snapshot(student)
     full = said(twin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from lightning_compress.methods.width_config import WidthSlimmingConfig
         ({"target_flops": 1.5}, r"target_flops=1.5 is outside \(0, 1\]"),
         ({"heads": 0}, "heads=0 is neither a count"),
         ({"ffn": 1.5}, "ffn=1.5 is neither a count"),
-        ({"hidden": True}, "hidden=True is neither a count"),
         ({"criterion": "magic"}, "criterion='magic' is not one of"),
         ({"ranking": "local"}, "ranking='local' is not one of"),
         ({"scope": "all"}, "scope='all' is not one of"),
@@ -47,6 +47,15 @@ from lightning_compress.methods.width_config import WidthSlimmingConfig
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        WidthSlimmingConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"hidden": True}, {"heads": "half"}, {"steps": [4]}, {"start": None}])
+def test_what_is_no_number_is_refused_by_name(settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(
+        TypeError, match=rf"^{name}={re.escape(repr(value))} is of type .*, but stands for a number"
+    ):
         WidthSlimmingConfig(**settings)
 
 

@@ -22,6 +22,7 @@ from lightning_compress.nn.surgery import replace_module
 from lightning_compress.nn.tape import Tape
 from lightning_compress.runtime import pack, packed_encoder
 from tests.toys_dropping import ragged_batch
+from tests.toys_exits import EVERYBODY_OF_TWO
 
 LENGTHS = [9, 1, 5, 12, 3, 5, 7, 2]
 LAYERS = 4
@@ -173,7 +174,7 @@ def test_a_larger_threshold_never_lets_examples_run_deeper(exiting: Any) -> None
 
 
 def test_nobody_leaves_while_the_model_trains(exiting: Any) -> None:
-    model, batch = exiting(threshold=0.7).train(), ragged_batch(LENGTHS)
+    model, batch = exiting(threshold=EVERYBODY_OF_TWO).train(), ragged_batch(LENGTHS)
     model.config.hidden_dropout_prob = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -253,7 +254,7 @@ def test_code_compiled_for_a_model_without_exits_never_goes_unnoticed(has_labels
 
 
 def test_a_single_example_and_one_class_of_answer_are_no_special_case(exiting: Any) -> None:
-    model = exiting(threshold=0.7)
+    model = exiting(threshold=EVERYBODY_OF_TWO)
     with torch.no_grad():
         out = model(torch.tensor([[5, 6]]))
         assert out.exit_depth.tolist() == [1] and out.logits.shape == (1, 2)

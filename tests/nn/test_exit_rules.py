@@ -13,7 +13,7 @@ from lightning_compress.nn.exit_rules import make_exit_rule, prediction_entropy
 
 LAYERS = (0, 1, 2)
 OFF = {"entropy": 0.0, "max_prob": 1.0, "margin": 1.0, "patience": math.inf, "learned": 0.0}
-EAGER = {"entropy": 5.0, "max_prob": 0.0, "margin": 0.0, "learned": 1.0}
+EAGER = {"entropy": math.log(3) + 1e-6, "max_prob": 1 / 3 - 1e-6, "margin": 0.0, "learned": 1.0}
 EACH_RULE = pytest.mark.parametrize("name", OFF)
 
 
@@ -200,14 +200,31 @@ def test_rules_that_compare_classes_refuse_regression(name):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("entropy", {"threshold": -1.0}, r"threshold=-1.0 .* outside \[0, inf\]: 0 lets nobody"),
+        ("entropy", {"threshold": -1.0}, r"threshold=-1.0 .* outside \[0, 1.099\]"),
+        (
+            "entropy",
+            {"threshold": 1.2},
+            "what it measures of 3 classes: give one inside; 0 lets nobody leave",
+        ),
+        (
+            "entropy",
+            {"threshold": 0.7, "num_labels": 2},
+            r"outside \[0, 0.6931\], what it measures of 2 classes",
+        ),
+        ("entropy", {"threshold": -1.0, "num_labels": None}, r"outside \[0, inf\], what it measures: give"),
         ("entropy", {"threshold": 1.5, "normalized": True}, r"outside \[0, 1\]"),
         ("entropy", {"threshold": math.nan}, "threshold=nan"),
-        ("max_prob", {"threshold": 1.01}, r"outside \[0, 1\]: 1 lets nobody"),
+        ("max_prob", {"threshold": 1.01}, r"outside \[0.3333, 1\], .*; 1 lets nobody"),
+        ("max_prob", {"threshold": 0.3}, r"outside \[0.3333, 1\], .*; 1 lets nobody"),
         ("margin", {"threshold": -0.1}, r"outside \[0, 1\]"),
-        ("learned", {"threshold": 2.0}, r"outside \[0, 1\]: 0 lets nobody"),
+        ("learned", {"threshold": 2.0}, r"outside \[0, 1\], .*; 0 lets nobody"),
         ("patience", {"threshold": 0}, "whole number of exits"),
         ("patience", {"threshold": 1.5}, "whole number of exits"),
+        (
+            "patience",
+            {"threshold": 1, "layers": [0]},
+            "more than can agree .* of 1 exits, 0: give a smaller one",
+        ),
         ("patience", {"tolerance": 0.0}, "tolerance=0.0 must be above 0"),
         ("energy", {}, "'energy' is no exit rule: choose one of"),
     ],
@@ -215,6 +232,26 @@ def test_rules_that_compare_classes_refuse_regression(name):
 def test_what_cannot_be_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         rule_of(name, **settings)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 7, 150])
+@pytest.mark.parametrize("name", ["entropy", "max_prob"])
+def test_a_bound_may_be_passed_by_so_little_that_the_least_sure_example_leaves(name, num_labels):
+    rule = rule_of(name, num_labels=num_labels)
+    beyond = rule.nearest(math.inf if name == "entropy" else 0.0)
+    assert beyond == rule.checked(beyond) != 0.0
+    bound = math.log(num_labels) if name == "entropy" else 1 / num_labels
+    assert abs(beyond - bound) < 1e-5 * (1 + bound)
+    rule.threshold.fill_(beyond)
+    rule.start(1, "cpu")
+    assert who(rule, 0, [[0.0] * num_labels]) == [True]
+
+
+def test_patience_may_be_as_long_as_there_are_exits_to_agree():
+    assert rule_of("patience", layers=[0, 2, 3], threshold=2).threshold == 2
+    with pytest.raises(ValueError, match="of 3 exits, 2: give a smaller one, or more exits; inf lets nobody"):
+        rule_of("patience", layers=[0, 2, 3], threshold=3)
+    assert rule_of("patience", layers=[0], threshold=math.inf).asked_layers() == []
 
 
 def test_the_learned_rule_needs_a_width():

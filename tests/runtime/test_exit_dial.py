@@ -67,7 +67,7 @@ def test_models_in_training_form_and_modules_that_hold_one_have_a_threshold_too(
     ("rule", "settings", "message"),
     [
         ("entropy", {"threshold": -0.1}, r"threshold=-0.1 .* outside"),
-        ("max_prob", {"threshold": 1.5}, r"outside \[0, 1\]"),
+        ("max_prob", {"threshold": 1.5}, r"outside \[0.5, 1\]"),
         (
             "entropy",
             {"threshold": 0.5, "exits": [0, 3]},

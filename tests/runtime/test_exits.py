@@ -1,7 +1,6 @@
 """Examples leave the packed engine early, against one example at a time through the family's own model."""
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -14,7 +13,7 @@ from lightning_compress.runtime.exit_dial import choose_exit_threshold, exit_thr
 from lightning_compress.runtime.packing import is_packed, pack, packed_encoder, unpack
 from lightning_compress.runtime.static import make_static, static_counts
 from tests.runtime.conftest import FAMILIES, HalfPolicy, MaskedEncoder, ragged
-from tests.toys_exits import ToyExits, add_exits, alone, exiting_model, together
+from tests.toys_exits import EVERYBODY_OF_TWO, ToyExits, add_exits, alone, exiting_model, together
 
 LENGTHS = [9, 1, 5, 12, 3, 5, 7, 2]
 LAYERS = 4
@@ -94,7 +93,7 @@ def test_order_and_padding_change_nothing(deep, family):
 
 
 @pytest.mark.parametrize("lengths", [[1], [7], [1, 1, 1], [4, 4]], ids=str)
-@pytest.mark.parametrize("threshold", [0.0, 0.6, math.inf])
+@pytest.mark.parametrize("threshold", [0.0, 0.6, EVERYBODY_OF_TWO])
 def test_single_examples_single_tokens_and_equal_lengths_run(deep, lengths, threshold):
     model, batch = deep(), ragged(lengths)
     exits = add_exits(model, threshold=threshold)
@@ -121,7 +120,7 @@ def test_off_is_bit_equal_to_the_packed_forward_without_exits(classifier, family
 
 def test_when_all_leave_at_the_first_exit_no_later_layer_runs(deep):
     model, batch = deep(), ragged(LENGTHS)
-    exits = add_exits(model, threshold=math.inf)
+    exits = add_exits(model, threshold=EVERYBODY_OF_TWO)
     seen = []
     for index, layer in enumerate(model.bert.encoder.layer):
         layer.output.dense.register_forward_hook(lambda *_, index=index: seen.append(index))
@@ -165,7 +164,7 @@ def test_mean_depth_falls_as_the_threshold_of_entropy_rises(deep):
 
 def test_a_single_exit_may_be_left_unasked(deep):
     model, batch = deep(), ragged(LENGTHS)
-    exits = add_exits(model, threshold=math.inf)
+    exits = add_exits(model, threshold=EVERYBODY_OF_TWO)
     exits.rule.is_checked_K[0] = False
     _, depth = together(exiting(model, exits), exits, batch)
     assert depth == [2] * len(LENGTHS)
@@ -233,7 +232,7 @@ def test_while_training_nobody_leaves_and_gradients_are_those_without_exits(deep
     model(**batch).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    exits = add_exits(model, threshold=math.inf)
+    exits = add_exits(model, threshold=EVERYBODY_OF_TWO)
     exiting(model, exits)(**batch).loss.backward()
     assert exits.looked == []
     for name, gradient in expected.items():
@@ -316,7 +315,9 @@ def test_nobody_leaves_a_static_model_and_it_can_be_exported(deep):
 
 
 def test_counts_for_a_static_model_are_of_texts_that_run_all_layers(deep):
-    model = exiting_model(deep(dtype=torch.float32), ContributionTokenDroppingConfig(), threshold=9.0)
+    model = exiting_model(
+        deep(dtype=torch.float32), ContributionTokenDroppingConfig(), threshold=EVERYBODY_OF_TWO
+    )
     batch, encoder = ragged(LENGTHS), packed_encoder(model)
     exits, encoder.exits = encoder.exits, None
     expected = static_counts(model, [batch])
