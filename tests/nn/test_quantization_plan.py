@@ -12,6 +12,7 @@ from lightning_compress.nn.operator_formats import OperatorFormats, preset
 from lightning_compress.nn.quantization_plan import quantize_model, restore_quantized
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.quantized_parts import QuantizedActivation, QuantizedEmbedding, QuantizedNorm
+from lightning_compress.nn.soft_threshold_rank import LowRankLinear
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import PlanError
 
@@ -55,8 +56,10 @@ def test_a_model_with_everything_quantised_to_8_bits_is_near_the_dense_one(tiny,
 def test_a_restored_structure_with_the_state_loaded_is_equal_bit_by_bit(tiny, family, formats):
     model = tiny(*family)
     structure = json.loads(json.dumps(quantize_model(model, formats)))
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
     with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(describe_config(model)))
+        skeleton = type(model)(config)
     restore_quantized(skeleton, structure)
     assert {n: (t.shape, t.dtype) for n, t in skeleton.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in model.state_dict().items()
@@ -65,12 +68,6 @@ def test_a_restored_structure_with_the_state_loaded_is_equal_bit_by_bit(tiny, fa
     restore_quantized(fresh, structure)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(fresh), logits(model))
-
-
-def describe_config(model):
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"
-    return config
 
 
 def test_the_structure_names_what_was_quantised_and_leaves_pooler_and_head(tiny):
@@ -125,8 +122,6 @@ def test_costs_count_weights_and_operations_whatever_their_bits(tiny):
 
 
 def test_both_factors_of_low_rank_layers_are_quantised(tiny):
-    from lightning_compress.nn.soft_threshold_rank import LowRankLinear
-
     model = tiny("bert", "BertForSequenceClassification")
     attention = model.bert.encoder.layer[0].attention.self
     attention.query = LowRankLinear(nn.Linear(32, 4, bias=False), nn.Linear(4, 32))

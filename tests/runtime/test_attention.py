@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_compress.nn.block_format import BlockFormat
+from lightning_compress.nn.quantized_attention import BlockAttention
 from lightning_compress.nn.segments import Segments
 from lightning_compress.runtime.attention import packed_attention, padded_attention
 
@@ -50,6 +52,16 @@ def test_fewer_rows_may_query_than_serve_as_keys(attention, lengths):
     query, key, value = rows(len(lengths), 0), rows(sum(lengths), 1), rows(sum(lengths), 2)
     attended = attention(query, key, value, queries, keys)
     torch.testing.assert_close(attended, row_by_row(query, key, value, queries, keys), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention_in_integers_is_to_the_rows_of_ones_own_sequence_too(lengths):
+    attend, segments = BlockAttention(BlockFormat(8, factor="shift"), softmax=True), segments_of(lengths)
+    query, key, value = (rows(sum(lengths), seed, dtype=torch.float32) for seed in range(3))
+    attended = padded_attention(query, key, value, segments, segments, attend=attend)
+    each = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)
+    alone = torch.cat([attend(*parts)[0].squeeze(0).transpose(0, 1) for parts in each])
+    assert torch.equal(attended, alone)
 
 
 def test_queries_of_sequences_with_one_key_get_its_value():
