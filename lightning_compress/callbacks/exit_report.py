@@ -11,7 +11,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_compress.compressor import Compressor
-from lightning_compress.nn.kept_flops import DroppingCosts
 from lightning_compress.report import ExitPointRecord, ExitsRecord
 from lightning_compress.runtime import packed_encoder
 from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
@@ -52,38 +51,26 @@ def measure_exits(
     if encoder is None or encoder.exits is None or not batches:
         return None
     trial = ExitTrial(model, batches, needs_labels=False)
-    rule, exits = trial.rule, trial.rule.checked_layers()
-    deployed = trial.at(float(rule.threshold), exits)
-    lengths_B = trial.lengths_B
-    dense_BL = lengths_B[:, None].expand_as(trial.kept_BL)
-    dense_flops = float(DroppingCosts.of(dense).flops(dense_BL, lengths_B).mean())
-    share = trial.full_flops / dense_flops
-    points = [deployed, *(trial.at(threshold, exits) for threshold in trial.thresholds(exits, _CURVE))]
-    points = sorted(
-        {point.threshold: point for point in points}.values(), key=lambda point: -point.mean_depth
-    )
+    deployed, dense_flops, off = trial.deployed(), trial.dense_flops(dense), trial.rule.off
     record = ExitsRecord(
-        num_texts=len(lengths_B),
+        num_texts=len(trial.lengths_B),
         leaves=deployed.leaves_L,
         asked=deployed.exits,
-        rule=rule.name,
-        threshold=_told(deployed, rule.off),
+        rule=trial.rule.name,
+        threshold=_told(deployed, off),
         metric="correlation" if is_regression(model) else "accuracy",
         curve=tuple(
-            _drawn(point, point.score, share, rule.off) for point in points if point.score is not None
+            ExitPointRecord(
+                threshold=_told(point, off),
+                score=point.score,
+                flops_ratio=point.flops / dense_flops,
+                mean_depth=point.mean_depth,
+            )
+            for point in trial.curve(_CURVE)
+            if point.score is not None
         ),
     )
-    return ExitMeasurement(record, dense_flops, trial.full_flops * deployed.flops_ratio)
-
-
-def _drawn(point: ExitPoint, score: float, share: float, off: float) -> ExitPointRecord:
-    """A point of the curve; ``share`` is what the model costs with nobody leaving, over dense."""
-    return ExitPointRecord(
-        threshold=_told(point, off),
-        score=score,
-        flops_ratio=share * point.flops_ratio,
-        mean_depth=point.mean_depth,
-    )
+    return ExitMeasurement(record, dense_flops, deployed.flops)
 
 
 def _told(point: ExitPoint, off: float) -> float | None:

@@ -52,6 +52,8 @@ class ExitPoint:
     flops_ratio: float
     """FLOPs over those of the same model without exits, which drops the same tokens; a ratio of totals over unpadded
     tokens, exit heads included, with the last layer counted for all kept tokens."""
+    flops: float
+    """The same FLOPs, of an example, on average."""
     mean_depth: float
     """Layers that an example runs, on average."""
     leaves_L: tuple[float, ...]
@@ -125,6 +127,7 @@ class ExitTrial:
             exits=asked,
             score=None if self._score is None else float(self._score(logits_BC, cast(Tensor, self.labels_B))),
             flops_ratio=float(flops_B.mean()) / self.full_flops,
+            flops=float(flops_B.mean()),
             mean_depth=float(depth_B.double().mean()),
             leaves_L=tuple((depth_B[:, None] == layers_L + 1).double().mean(dim=0).tolist()),
         )
@@ -133,6 +136,29 @@ class ExitTrial:
     def full_flops(self) -> float:
         """FLOPs of an example that runs all layers and asks no exit, on average."""
         return float(self._costs.flops(self.kept_BL, self.lengths_B).mean())
+
+    def dense_flops(self, dense: nn.Module) -> float:
+        """FLOPs of an example in another model, in which every token runs all layers and no exit is asked, on average.
+
+        Args:
+            dense: Of the same layers, maybe on the meta device.
+        """
+        every_BL = self.lengths_B[:, None].expand_as(self.kept_BL)
+        return float(DroppingCosts.of(dense, exit_flops=0).flops(every_BL, self.lengths_B).mean())
+
+    def deployed(self) -> ExitPoint:
+        """Return what the model's own threshold gives."""
+        return self.at(float(self.rule.threshold), self.rule.checked_layers())
+
+    def curve(self, most: int) -> list[ExitPoint]:
+        """Return the model's own point among others, from nobody leaving to as many as can.
+
+        Args:
+            most: How many others there are, at most; at least 2.
+        """
+        exits = self.rule.checked_layers()
+        points = [self.deployed(), *(self.at(found, exits) for found in self.thresholds(exits, most))]
+        return sorted({p.threshold: p for p in points}.values(), key=lambda point: -point.mean_depth)
 
     def thresholds(self, exits: Iterable[int], most: int | None = None) -> list[float]:
         """Return a threshold for every difference it can make on these data: from nobody leaving to as many as can.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_compress.nn.flops import count_flops
 from lightning_compress.nn.kept_flops import count_kept_flops
 from lightning_compress.runtime import pack, packed_encoder
 from lightning_compress.runtime.exit_trial import ExitTrial
@@ -116,6 +117,36 @@ def test_shares_score_and_costs_worked_by_hand(batches):
     layer, head, asked = 5 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 128 * 25, 2 * (32 * 32 + 32 * 2), 128
     spent = (1 + 1 + 2 + 4) * layer + 4 * head + (1 + 1 + 2 + 3) * asked
     assert point.flops_ratio == pytest.approx(spent / (16 * layer + 4 * head), rel=1e-12)
+    assert point.flops == pytest.approx(spent / 4, rel=1e-12)
+    assert trial.dense_flops(tiny_bert(num_hidden_layers=LAYERS)) == 4 * layer + head
+
+
+def test_another_model_is_priced_with_every_token_in_every_layer(batches):
+    model = exiting_bert()
+    packed_encoder(model).policy = HalfPolicy(layers=LAYERS)
+    trial, dense = ExitTrial(model, batches), tiny_bert(num_hidden_layers=LAYERS)
+    lengths = [length for batch in LENGTHS for length in batch]
+    expected = sum(count_flops(dense, [length]).total for length in lengths) / len(lengths)
+    assert trial.dense_flops(dense) == pytest.approx(expected, rel=1e-12)
+    assert trial.dense_flops(dense.to("meta")) == trial.dense_flops(exiting_bert())
+    assert trial.dense_flops(dense) > trial.full_flops
+
+
+@EACH_RULE
+def test_the_curve_has_the_models_own_point_among_the_others(batches, rule):
+    model = exiting_bert(rule)
+    trial = ExitTrial(model, batches)
+    assert trial.deployed() == trial.at(trial.rule.off)
+    own = trial.thresholds(trial.layers)[-2]
+    trial.rule.threshold.fill_(own)
+    trial.rule.is_checked_K.copy_(torch.tensor([True, False, True]))
+    asked = trial.rule.checked_layers()
+    assert trial.deployed() == trial.at(own, asked)
+    points = trial.curve(5)
+    assert trial.deployed() in points and len(points) <= 6
+    assert [point.mean_depth for point in points] == sorted((p.mean_depth for p in points), reverse=True)
+    assert {point.threshold for point in points} == {float(own), *trial.thresholds(asked, 5)}
+    assert len({point.threshold for point in points}) == len(points)
 
 
 def test_a_trial_changes_nothing_about_the_model(batches):
