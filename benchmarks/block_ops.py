@@ -39,6 +39,8 @@ BLOCKS = {
 }
 """Blocks of inputs and of weights."""
 
+COLUMNS = ("operator", "reference", "float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -91,32 +93,26 @@ def check(calls: dict[str, Call]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every case of the command line and print one table."""
+    """Measure every case of the command line and print a table for each layer."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    columns = ("operator", "reference", "float32", "bfloat16")
-    table = Table(
-        title="Microseconds per call, median; in brackets: median of the paired ratios to the operator"
-    )
-    for name in ("M × K × N", "blocks", "call"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
     layers = [tuple(int(size) for size in layer.split("x")) for layer in options.layers]
-    for rows, (depth, outputs), blocks, factor in itertools.product(
-        options.rows, layers, options.blocks, options.factors
-    ):
-        case = Case(rows, depth, outputs, blocks, factor)
-        for what, calls in case.calls(options.device).items():
-            check(calls)
-            samples = microseconds_in_turns(calls, options.rounds, options.clock, options.device)
-            cells = (cell(samples, name, "operator") if name in samples else "" for name in columns)
-            table.add_row(f"{rows} × {depth} × {outputs}", f"{blocks} {factor}", what, *cells)
+    for rows, (depth, outputs) in itertools.product(options.rows, layers):
+        table = Table("blocks", "call", title=f"{rows} × {depth} × {outputs}")
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for blocks, factor in itertools.product(options.blocks, options.factors):
+            for what, calls in Case(rows, depth, outputs, blocks, factor).calls(options.device).items():
+                check(calls)
+                samples = microseconds_in_turns(calls, options.rounds, options.clock, options.device)
+                cells = (cell(samples, name, "operator") if name in samples else "" for name in COLUMNS)
+                table.add_row(f"{blocks} {factor}", what, *cells)
+        Console().print(table)
     machine = describe_machine()
     where = machine.get("gpu") if options.device.startswith("cuda") else machine["cpu"]
     versions = ", ".join(f"{package} {version}" for package, version in describe_versions().items())
-    table.caption = f"{where}, {options.threads} thread(s), {options.clock} clock, {versions}"
-    Console().print(table)
+    Console().print("Microseconds per call, median; in brackets: median of the paired ratios to the operator")
+    Console().print(f"{where}, {options.threads} thread(s), {options.clock} clock, {versions}")
 
 
 def _in_floats(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> dict[str, Call]:

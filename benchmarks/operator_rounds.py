@@ -45,7 +45,8 @@ def microseconds_in_turns(
 def cell(samples: dict[str, list[float]], name: str, base: str) -> str:
     """Return the median of the samples and, in brackets, the median of their ratios to those of ``base``."""
     ratio = statistics.median(own / other for own, other in zip(samples[name], samples[base], strict=True))
-    return f"{statistics.median(samples[name]):.1f}" + ("" if name == base else f" ({ratio:.2f})")
+    median = statistics.median(samples[name])
+    return f"{median:.{0 if median >= 100 else 1}f}" + ("" if name == base else f" ({ratio:.2f})")
 
 
 def _repeats(call: Call, device: str) -> int:

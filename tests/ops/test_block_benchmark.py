@@ -12,7 +12,7 @@ def test_it_prints_rows_for_each_case(capsys: pytest.CaptureFixture[str]):
     arguments = ["--rows", "2", "3", "--layers", "6x4", "--blocks", "row", "32x32", "--rounds", "2"]
     script.main([*arguments, "--threads", str(torch.get_num_threads())])
     printed = capsys.readouterr().out
-    assert (printed.count("2 × 6 × 4"), printed.count("3 × 6 × 4")) == (12, 12)
+    assert (printed.count("2 × 6 × 4"), printed.count("3 × 6 × 4")) == (1, 1)
     assert (printed.count("row scale"), printed.count("32x32 shift")) == (6, 6)
 
 

@@ -41,7 +41,7 @@ def slowly(
             shifts = {at: int(ea[m // ra, at[0]]) + int(eb[n // rb, at[1]]) for at in products}
             largest = max(shifts.values())
             if bias is not None:
-                while abs(Fraction(float(bias[n]))) * 2**guard_bits > 2**30 * Fraction(2) ** largest:
+                while abs(Fraction(float(bias[n]))) * 2**guard_bits >= 2**30 * Fraction(2) ** largest:
                     largest += 1
             total = sum(
                 round(Fraction(p) * 2**guard_bits / Fraction(2) ** (largest - shifts[at]))
@@ -111,6 +111,17 @@ def test_with_exponents_it_equals_a_slow_loop_over_whole_numbers(
     added = None if bias is None else torch.randn(outputs) * bias
     found = block_matmul(*made, added, *blocks, "shift", guard_bits)
     assert torch.equal(found, slowly(*made, added, blocks, guard_bits))
+
+
+def test_a_bias_is_below_two_to_the_thirtieth_and_not_below_the_twenty_ninth():
+    bias = torch.tensor([1.0, -0.75, 1e-20, 3e38, 1 - 2**-24])
+    for guard_bits in (0, 6, 16):
+        whole = bias.double().abs() * 2.0 ** (
+            guard_bits - reference.bias_exponents(bias, guard_bits).double()
+        )
+        assert bool(((whole >= 2**29) & (whole < 2**30)).all())
+    # far below any product, so that it raises no exponent
+    assert bool((reference.bias_exponents(torch.tensor([0.0, 1e-45]), 16) < -64).all())
 
 
 @settings(deadline=None, max_examples=60)

@@ -19,7 +19,7 @@ from lightning_compress.ops.block_quantize.reference import power_of_two
 
 __all__ = ["bias_exponents", "block_matmul"]
 
-TILE = 2**16
+TILE = 2**17
 """Outputs at once, so that they stay in the cache while blocks are added."""
 
 MIN_ROWS = 32
@@ -49,7 +49,7 @@ def block_matmul(
                 y = (sum_k rshift(p_k 2^g, E - ea_k - eb_k) + rshift(bias, E - g)) 2^(E - g)
 
     where ``rshift`` divides by a power of two and rounds halves to even. So that the bias fits into int32, E is raised
-    to where it is at most 2^30; with the exponents of usual weights and biases it stays where it is.
+    to where it is below 2^30; with the exponents of usual weights and biases it stays where it is.
 
     Args:
         a_MK: Integers ``[..., M, K]``.
@@ -82,7 +82,7 @@ def block_matmul(
     a_blocks, b_blocks = _over_depth(a_MK.float(), edge), _over_depth(b_NK.float(), edge)
     a_factor_MQ = _over_rows(a_factor_PQ, a_rows, a_MK.shape[-2], len(a_blocks))
     b_factor_NQ = _over_rows(b_factor_PQ, b_rows, b_NK.shape[-2], len(b_blocks))
-    fits = depth * largest * 2**guard_bits < 2**30  # with a bias of 2^30, below 2^31
+    fits = depth * largest * 2**guard_bits < 2**30  # with the bias, below 2^31
     out_MN = a_factor_PQ.new_zeros(*a_MK.shape[:-1], b_NK.shape[-2], dtype=torch.float32)
     with torch.autocast(a_MK.device.type, enabled=False):
         for rows in _tiles(out_MN):
@@ -100,7 +100,12 @@ def block_matmul(
 
 
 def bias_exponents(bias_N: Tensor, guard_bits: int) -> Tensor:
-    """Smallest exponents E at which a bias, divided by ``2^(E - guard_bits)``, is at most 2^30; int32."""
+    """Smallest exponents E at which a bias, divided by ``2^(E - guard_bits)``, is below 2^30; int32.
+
+    Example:
+        >>> bias_exponents(torch.tensor([1.0, -0.75, 2.0**40]), guard_bits=6).tolist()
+        [-23, -24, 17]
+    """
     _, exponent_N = torch.frexp(bias_N)
     return torch.where(bias_N == 0, -126, exponent_N).clamp(min=-126) + (guard_bits - 30)
 

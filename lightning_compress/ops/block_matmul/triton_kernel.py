@@ -233,7 +233,7 @@ def _shift_right(value, shift, LARGEST: tl.constexpr):
 
 @triton.jit
 def _aligned_bias(bias_N, exponent_MN):
-    """Whole numbers nearest to ``bias / 2^exponent``, of at most 2^30."""
+    """Whole numbers nearest to ``bias / 2^exponent``, below 2^30."""
     pattern_N = bias_N.to(tl.int32, bitcast=True)
     own_N = (pattern_N >> 23) & 0xFF
     magnitude_N = tl.where(own_N > 0, (pattern_N & 0x7FFFFF) | 0x800000, 0)  # times 2^(own - 150)
