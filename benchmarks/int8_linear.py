@@ -3,15 +3,16 @@
 python benchmarks/int8_linear.py --rows 1 16 128 1024 --rounds 15 --json benchmarks/results/int8_linear.json
 
 "fp32", "bf16" and "dynamic int8" are PyTorch's own: `F.linear` in both dtypes, and `quantize_dynamic`, whose inputs
-have one factor for all rows. The others are engines of `use_backend`. "(bf16)" takes and gives bfloat16, as inside a packed
-encoder with `bf16_states`; the others float32. Several layers of each shape are called one after the other, so that
-weights come from where they come from in a model. Time is that of the processor, on one thread.
+have one factor for all rows. The others are engines of `use_backend`. "(bf16)" takes and gives bfloat16, as inside a
+packed encoder with `bf16_states`; the others float32. Several layers of each shape are called one after the other, so
+that weights come from where they come from in a model. Time is that of the processor, on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 import warnings
@@ -90,13 +91,12 @@ def runners(num_inputs: int, num_outputs: int) -> dict[str, tuple[list[Runner], 
 
 
 def measure(rows: int, num_inputs: int, num_outputs: int, rounds: int) -> list[Row]:
-    """Time all rivals on one shape, in turns, each round beginning with another one."""
+    """Time all rivals on one shape, in turns, in another order each round: some kernels slow down who comes next."""
     rivals = runners(num_inputs, num_outputs)
     names, x_MK = list(rivals), torch.randn(rows, num_inputs)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARM_UP + rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
+        for name in random.sample(names, len(names)):
             layers, dtype = rivals[name]
             given = x_MK.to(dtype)
             started = time.thread_time()
@@ -154,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)
     rows: list[Row] = []
     with torch.inference_mode():
         for count in args.rows:

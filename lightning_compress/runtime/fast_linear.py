@@ -26,6 +26,7 @@ __all__ = [
     "PrepackedEngine",
     "RowEngine",
     "filled_up",
+    "first",
     "has_operator",
     "has_prepacked_kernels",
 ]
@@ -73,7 +74,7 @@ class PrepackedEngine(RowEngine):
         low_MK = filled_up(x_MK.to(torch.bfloat16))
         bias_N = self._bias(torch.bfloat16)
         y_MN = torch.ops.mkldnn._linear_pointwise.default(low_MK, self._weight, bias_N, "none", [], "")
-        return y_MN[: x_MK.shape[0]]
+        return first(y_MN, x_MK.shape[0])
 
 
 class DenseEngine:
@@ -124,3 +125,8 @@ def filled_up(rows_MK: Tensor) -> Tensor:
     rows = rows_MK.shape[0]
     spare = bucket_of(rows, _LOW) - rows if rows > 1 else 0
     return F.pad(rows_MK, (0, 0, 0, spare)) if spare else rows_MK
+
+
+def first(rows_MN: Tensor, count: int) -> Tensor:
+    """Return the first rows; all of them without the cost of a view."""
+    return rows_MN if rows_MN.shape[0] == count else rows_MN[:count]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_quantize.reference import block_exponents, block_scales, power_of_two
-from lightning_compress.runtime.fast_linear import RowEngine, filled_up, has_operator
+from lightning_compress.runtime.fast_linear import RowEngine, filled_up, first, has_operator
 from lightning_compress.runtime.live_bias import LiveBias
 
 __all__ = ["CudaInt8Engine", "Int8Engine", "has_int8_kernels", "quantize_rows"]
@@ -78,8 +78,8 @@ class Int8Engine(RowEngine):
         q_MK = filled_up(q_MK)
         bias_N = self._bias(dtype)
         if is_one:
-            return self._product(q_MK, float(scale), bias_N, dtype)[:rows]
-        y_MN = self._product(q_MK, 1.0, None, dtype)[:rows].mul_(scale.to(dtype))
+            return first(self._product(q_MK, float(scale), bias_N, dtype), rows)
+        y_MN = first(self._product(q_MK, 1.0, None, dtype), rows).mul_(scale.to(dtype))
         return y_MN if bias_N is None else y_MN.add_(bias_N)
 
     def _product(
