@@ -41,6 +41,17 @@ class FactoredEmbedding(nn.Module):
         super().__init__()
         self.table, self.projection = table, projection
 
+    @classmethod
+    def of(cls, embedding: Any, rank: int) -> FactoredEmbedding:
+        """Decompose a table ``[V, D]``: the rows that its leading directions leave, and those directions.
+
+        Raises:
+            ValueError: If the table holds infinities or NaN.
+        """
+        factored = _empty(embedding, rank)
+        _fill(factored, embedding.weight)
+        return factored
+
     @property
     def weight(self) -> Tensor:
         """The dense product, shape ``[V, D]``, for host code that reads weights directly."""
@@ -181,9 +192,8 @@ def factor_embedding(
     if rank == embedding.weight.shape[1]:
         return None
     heads = _tied_heads(model, path)
-    factored = _empty(embedding, rank)
-    if decompose and not embedding.weight.is_meta:
-        _fill(factored, embedding.weight)
+    is_filled = decompose and not embedding.weight.is_meta
+    factored = FactoredEmbedding.of(embedding, rank) if is_filled else _empty(embedding, rank)
     if heads and not isinstance(embedding, FactoredEmbedding):
         names = [f"{owner}.weight" for owner in (path, *heads)]
         for shared in (names, *(names_of(model, bias) for bias in _biases(model, heads))):

@@ -48,7 +48,9 @@ def fake_quantize(x_RC: Tensor, form: BlockFormat) -> Tensor:
         >>> held.tolist(), torch.autograd.grad(held.sum(), x)[0].tolist()
         ([[1.0, 0.0, 6.0]], [[1.0, 1.0, 1.0]])
     """
-    return _Rounding.apply(x_RC, form)  # type: ignore[return-value]
+    if torch.is_grad_enabled() and x_RC.requires_grad:
+        return _Rounding.apply(x_RC, form)  # type: ignore[return-value]
+    return _rounded(x_RC, form)
 
 
 def fake_block_matmul(
@@ -98,11 +100,15 @@ def fake_block_matmul(
     return _Product.apply(a_MK, b_NK, bias_N, a_form, b_form, guard_bits)  # type: ignore[return-value]
 
 
+def _rounded(x_RC: Tensor, form: BlockFormat) -> Tensor:
+    payload_RC, factor = block_quantize(x_RC, form.bits, form.block, form.factor)
+    return block_dequantize(payload_RC, factor, form.block).to(x_RC.dtype)
+
+
 class _Rounding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RC: Tensor, form: BlockFormat) -> Tensor:
-        payload_RC, factor = block_quantize(x_RC, form.bits, form.block, form.factor)
-        return block_dequantize(payload_RC, factor, form.block).to(x_RC.dtype)
+        return _rounded(x_RC, form)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,0 +1,192 @@
+"""Single operators as training sees them: rounded by degrees, with gradients that pass as if there were no rounding.
+
+What calls these functions are the hooks of :mod:`lightning_compress.nn.block_quantization`. Where width gates have
+closed features, the others are rounded as if those had been cut off already. Embeddings are in
+:mod:`lightning_compress.nn.rounded_embedding`.
+
+Shape legend: ... any leading sizes, N outputs, K inputs, R rank, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.nn.block_format import BlockFormat
+from lightning_compress.nn.fake_quantize import fake_block_matmul, fake_quantize
+from lightning_compress.nn.integer_functional import (
+    activation_of_integers,
+    layernorm_of_integers,
+    rmsnorm_of_integers,
+)
+from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.nn.quantized_parts import QuantizedNorm
+from lightning_compress.nn.rank_budget import LayerSize, layer_cost
+from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
+from lightning_compress.nn.surgery import dense_weight
+
+__all__ = [
+    "Ramp",
+    "rounded_activation",
+    "rounded_linear",
+    "rounded_norm",
+    "rounded_product",
+    "scattered",
+    "selected",
+]
+
+
+class Ramp:
+    """How much of the rounding is seen, the same everywhere in a model.
+
+    Example:
+        >>> ramp = Ramp()
+        >>> ramp.set(0.25)
+        >>> ramp.blend(torch.tensor(1.0), torch.tensor(3.0))
+        tensor(1.5000)
+    """
+
+    def __init__(self) -> None:
+        self.strength = torch.zeros(())
+        """A tensor, so that compiled graphs do not depend on its value."""
+        self.is_active = False
+        """Whether anything is seen."""
+        self.is_full = False
+        """Whether all is."""
+
+    @property
+    def value(self) -> float:
+        """The strength, from 0 to 1."""
+        return float(self.strength)
+
+    def set(self, value: float) -> None:
+        """Change the strength, for all who share it."""
+        self.strength = torch.tensor(float(value))
+        self.is_active, self.is_full = value > 0.0, value == 1.0
+
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether integers are to be multiplied as they will be once the model is converted."""
+        return self.is_full and not torch.is_grad_enabled()
+
+    def blend(self, exact: Tensor, held: Tensor) -> Tensor:
+        """Return what lies between a tensor and its rounded form."""
+        return held if self.is_full else exact + self.strength.to(exact.dtype) * (held - exact)
+
+
+def rounded_linear(
+    module: nn.Module,
+    x: Tensor,
+    ramp: Ramp,
+    inputs_K: Tensor | None,
+    outputs_N: Tensor | None,
+    *,
+    weight: BlockFormat,
+    inputs: BlockFormat | None,
+) -> Tensor:
+    """Return what a linear layer puts out when its weight and its input ``[..., K]`` are rounded.
+
+    A layer whose rank is being learned is rounded as the two products that it will be, or as one if it will be dense.
+
+    Args:
+        module: ``nn.Linear``, ``Conv1D`` or a ``SoftThresholdLinear``.
+        x: Its input.
+        ramp: How much of the rounding is seen.
+        inputs_K: Indices of the inputs that count; None for all.
+        outputs_N: Indices of the outputs that count, of which the others are zero; None for all.
+        weight: Format of the weight.
+        inputs: Format of the input; None leaves it as it is.
+    """
+    matrices = _matrices(module, inputs_K, outputs_N)
+    bias: Any = module.bias
+    bias_N, size = selected(bias, outputs_N), 0 if outputs_N is None else _out_features(module)
+    x = x if inputs_K is None else x.index_select(-1, inputs_K)
+    for index, matrix in enumerate(matrices):
+        is_last = index == len(matrices) - 1
+        x = rounded_product(x, matrix, bias_N if is_last else None, ramp, weight, inputs)
+    return scattered(x, outputs_N, size)
+
+
+def rounded_product(
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    ramp: Ramp,
+    weight: BlockFormat,
+    inputs: BlockFormat | None,
+) -> Tensor:
+    """Return ``x W^T + b`` with both factors rounded, ``[..., N]``."""
+    if ramp.is_as_deployed:
+        num_outputs, num_inputs = weight_NK.shape
+        layer = QuantizedLinear(num_inputs, num_outputs, weight, inputs, bias=False, device=weight_NK.device)
+        layer.store(weight_NK)
+        layer.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
+        return layer(x)
+    x_MK = x.reshape(-1, x.shape[-1])
+    if (
+        ramp.is_full and inputs is not None and weight.factor == "shift"
+    ):  # sums of aligned integers are rounded too
+        y_MN = fake_block_matmul(x_MK, weight_NK, inputs, weight, bias_N)
+        return y_MN.to(x.dtype).reshape(*x.shape[:-1], len(weight_NK))
+    held_NK = ramp.blend(weight_NK, fake_quantize(weight_NK, weight))
+    if inputs is not None:
+        x = ramp.blend(x_MK, fake_quantize(x_MK, inputs)).reshape(x.shape)
+    return F.linear(x, held_NK, bias_N)
+
+
+def rounded_norm(module: nn.Module, x: Tensor, output: Tensor, ramp: Ramp, kept_D: Tensor | None) -> Tensor:
+    """Return a norm of ``[..., D]`` computed in integers, over the channels that count; the others are zero."""
+    norm = QuantizedNorm(module)
+    weight_D, bias_D = selected(norm.weight, kept_D), selected(norm.bias, kept_D)
+    x = x if kept_D is None else x.index_select(-1, kept_D)
+    if norm.is_centred:
+        held = layernorm_of_integers(x, weight_D, bias_D, norm.eps)
+    else:
+        held = rmsnorm_of_integers(x, weight_D, norm.eps)
+    return ramp.blend(output, scattered(held, kept_D, output.shape[-1]))
+
+
+def rounded_activation(
+    x: Tensor, output: Tensor, ramp: Ramp, kept_D: Tensor | None, *, function: str
+) -> Tensor:
+    """Return an activation of ``[..., D]`` computed in integers; features that do not count are zero."""
+    x = x if kept_D is None else x.index_select(-1, kept_D)
+    held = activation_of_integers(x, function)
+    return ramp.blend(output, scattered(held, kept_D, output.shape[-1]))
+
+
+def selected(vector: Any, kept: Tensor | None) -> Any:
+    """Return the entries of a vector that count, or None if there is none."""
+    return vector if vector is None or kept is None else vector.index_select(0, kept)
+
+
+def scattered(x: Tensor, kept: Tensor | None, size: int) -> Tensor:
+    """Put features back where they come from, among zeros.
+
+    Example:
+        >>> scattered(torch.tensor([5.0, 7.0]), torch.tensor([0, 2]), 3)
+        tensor([5., 0., 7.])
+    """
+    return x if kept is None else x.new_zeros(*x.shape[:-1], size).index_copy(-1, kept, x)
+
+
+def _matrices(module: Any, inputs_K: Tensor | None, outputs_N: Tensor | None) -> list[Tensor]:
+    """Return the weights by which a layer multiplies one after the other, once it is converted."""
+    if not isinstance(module, SoftThresholdLinear):
+        return [_sliced(_sliced(dense_weight(module), outputs_N, 0), inputs_K, 1)]
+    u_NR, scaled_RK = module._factors()
+    u_NR, scaled_RK = _sliced(u_NR, outputs_N, 0), _sliced(scaled_RK, inputs_K, 1)
+    size, rank = LayerSize(scaled_RK.shape[1], u_NR.shape[0]), u_NR.shape[1]
+    pays = rank < module.full_rank and layer_cost(size, rank, 1, 1.0) < size.dense
+    return [scaled_RK, u_NR] if module.mode == "pinned" and pays else [u_NR @ scaled_RK]
+
+
+def _sliced(matrix: Tensor, kept: Tensor | None, dim: int) -> Tensor:
+    return matrix if kept is None else matrix.index_select(dim, kept)
+
+
+def _out_features(module: Any) -> int:
+    return len(dense_weight(module)) if not isinstance(module, SoftThresholdLinear) else module.out_features
