@@ -113,6 +113,15 @@ def test_with_exponents_it_equals_a_slow_loop_over_whole_numbers(
     assert torch.equal(found, slowly(*made, added, blocks, guard_bits))
 
 
+@pytest.mark.parametrize("exponent", [-32, 31])
+@pytest.mark.parametrize("guard_bits", [0, 16])
+def test_exponents_may_be_the_smallest_and_the_largest(exponent: int, guard_bits: int):
+    a, b = torch.tensor([[3]], dtype=torch.int8), torch.tensor([[-5]], dtype=torch.int8)
+    both = torch.tensor([[exponent]], dtype=torch.int8)
+    found = block_matmul(a, both, b, both, None, (1, 0), (1, 0), "shift", guard_bits)
+    assert found.item() == -15 * 2.0 ** (2 * exponent)
+
+
 def test_a_bias_is_below_two_to_the_thirtieth_and_not_below_the_twenty_ninth():
     bias = torch.tensor([1.0, -0.75, 1e-20, 3e38, 1 - 2**-24])
     for guard_bits in (0, 6, 16):
