@@ -13,6 +13,7 @@ from types import UnionType
 from typing import (
     Any,
     ClassVar,
+    Literal,
     NamedTuple,
     Protocol,
     Union,
@@ -95,16 +96,17 @@ def check_kinds(config: MethodConfig) -> None:
     for field in fields(config):  # type: ignore[arg-type]
         value, hint = getattr(config, field.name), hints[field.name]
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if value is None and type(None) in kinds:
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if (value is None and type(None) in kinds) or value in words:
             continue
         given = f"{field.name}={value!r} is of type {type(value).__name__}"
         listed = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
         if listed in (int, float):
             items = list(value) if isinstance(value, Iterable) else [None]
             if not all(_is_number(item, whole=listed is int) for item in items):
-                words = "whole numbers" if listed is int else "numbers"
+                numbers = "whole numbers" if listed is int else "numbers"
                 raise TypeError(
-                    f"{given}, but lists {words}: give a list of them, of one too, e.g. [{listed(1)}]"
+                    f"{given}, but lists {numbers}: give a list of them, of one too, e.g. [{listed(1)}]"
                 )
         elif (int in kinds or float in kinds) and not _is_number(value):
             raise TypeError(f"{given}, but stands for a number")
