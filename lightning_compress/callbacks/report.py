@@ -22,7 +22,9 @@ from lightning_compress.callbacks.dropping_report import (
 )
 from lightning_compress.callbacks.exit_report import ExitMeasurement, has_exits, measure_exits
 from lightning_compress.callbacks.session import session_of, training_progress
+from lightning_compress.callbacks.width_report import calibration_clock, measure_widths
 from lightning_compress.compressor import Compressor
+from lightning_compress.methods.width_batches import PassClock
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import get_module, linear_shape
 from lightning_compress.plan import CompressionPlan
@@ -83,6 +85,7 @@ class CompressionReport(Callback):
         self._steps: list[StepRecord] = []
         self._dense: tuple[ScopeCounts, float] | None = None
         self._seen = SeenBatches()
+        self._clock: PassClock | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,6 +96,7 @@ class CompressionReport(Callback):
                 "CompressionReport has nothing to report: no compression callback is active", stacklevel=2
             )
             return
+        self._clock = calibration_clock(compressor)
         skeleton = compressor.dense_skeleton()
         self._dense = _scopes(skeleton), count_flops(skeleton, self.lengths).total
 
@@ -180,6 +184,7 @@ class CompressionReport(Callback):
             metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, _METRIC)},
             dropping=None if dropping is None else dropping.record,
             exits=None if exits is None else exits.record,
+            widths=measure_widths(compressor, self._clock) if compressor.is_converted else None,
             machine=describe_machine(),
             versions=describe_versions(),
             warnings=notes,

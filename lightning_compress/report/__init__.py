@@ -10,6 +10,7 @@ from lightning_compress.report.latency_table import LatencyTable
 from lightning_compress.report.machine import describe_machine, describe_versions
 from lightning_compress.report.page import render_run, write_report
 from lightning_compress.report.record import FinalRecord, LayerRank, RunRecord, ScopeCounts, StepRecord
+from lightning_compress.report.width_record import KeptOf, LayerWidth, WidthsRecord
 
 __all__ = [
     "DialRecord",
@@ -17,12 +18,15 @@ __all__ = [
     "ExitPointRecord",
     "ExitsRecord",
     "FinalRecord",
+    "KeptOf",
     "LatencyTable",
     "LayerRank",
+    "LayerWidth",
     "RunRecord",
     "ScopeCounts",
     "StepRecord",
     "TokenText",
+    "WidthsRecord",
     "describe_machine",
     "describe_versions",
     "measure_latency",

@@ -1,10 +1,12 @@
 """The pictures of a report, each a function from recorded numbers to inline SVG (`svg` does the rendering).
 
-Figures: ranks by layer · size and FLOPs by step · ranks by step · quality against FLOPs · measured speed-up.
+Figures: ranks by layer · widths by layer · size and FLOPs by step · ranks by step · quality against FLOPs ·
+measured speed-up.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lightning_compress.report.latency_table import LatencyTable
 from lightning_compress.report.record import LayerRank, StepRecord
 from lightning_compress.report.svg import ACCENT, GRID, INK, MUTED, SECOND, SERIES, draw_svg, tidy
+from lightning_compress.report.width_record import LayerWidth
 
 __all__ = [
     "draw_progress",
@@ -21,10 +24,13 @@ __all__ = [
     "draw_rank_paths",
     "draw_speedups",
     "draw_tradeoff",
+    "draw_width_map",
     "mark_phases",
     "split_path",
 ]
 
+_Place: TypeAlias = tuple[int | None, str]
+"""A layer, and a place in it."""
 _MOST_LABELLED_LAYERS = 16  # in narrower cells the numbers would run into each other
 
 
@@ -49,7 +55,26 @@ def split_path(path: str) -> tuple[int | None, str]:
 
 def draw_rank_map(ranks: Mapping[str, LayerRank]) -> str:
     """Draw one cell per linear, layers across and places down; the fuller the colour, the more rank."""
-    cells = {split_path(path): row for path, row in ranks.items()}
+    cells: dict[_Place, tuple[str, float] | None] = {
+        split_path(path): None if row.kept == "dense" else (str(row.rank), row.share)
+        for path, row in ranks.items()
+    }
+    return _draw_map("ranks", "Rank of each linear, by layer", cells)
+
+
+def draw_width_map(widths: Sequence[LayerWidth]) -> str:
+    """Draw what is left of each layer's heads and neurons; the fuller the colour, the more."""
+    cells: dict[_Place, tuple[str, float] | None] = {
+        (index, place): (f"{pair.kept:,}", pair.share)
+        for place in ("heads", "neurons")
+        for index, layer in enumerate(widths)
+        for pair in [getattr(layer, place)]
+    }
+    return _draw_map("widths", "Heads and neurons that are left, by layer", cells)
+
+
+def _draw_map(name: str, label: str, cells: Mapping[_Place, tuple[str, float] | None]) -> str:
+    """Draw one cell per layer and place, with words and as full a colour as its share; grey where there are none."""
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer is None, layer or 0))
     places = list(dict.fromkeys(place for _, place in cells))
 
@@ -58,12 +83,11 @@ def draw_rank_map(ranks: Mapping[str, LayerRank]) -> str:
         tidy(axes)
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        for (layer, place), row in cells.items():
+        for (layer, place), cell in cells.items():
             x, y = layers.index(layer), places.index(place)
-            dense = row.kept == "dense"
-            fill, strength = (MUTED, 0.25) if dense else (ACCENT, 0.06 + 0.7 * row.share)
+            words, share = cell or ("dense", 0.0)
+            fill, strength = (MUTED, 0.25) if cell is None else (ACCENT, 0.06 + 0.7 * share)
             axes.add_patch(Rectangle((x + 0.03, y + 0.04), 0.94, 0.92, facecolor=fill, alpha=strength))
-            words = "dense" if dense else str(row.rank)
             if len(layers) <= _MOST_LABELLED_LAYERS:
                 axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", fontsize=9)
         axes.set(xlim=(0, len(layers)), ylim=(len(places), 0), xlabel="layer")
@@ -72,7 +96,7 @@ def draw_rank_map(ranks: Mapping[str, LayerRank]) -> str:
         axes.set_yticks([y + 0.5 for y in range(len(places))], places)
 
     height = 0.75 + 0.36 * len(places)
-    return draw_svg("ranks", "Rank of each linear, by layer", draw, 8.4, height)
+    return draw_svg(name, label, draw, 8.4, height)
 
 
 def draw_progress(steps: Sequence[StepRecord], target: Mapping[str, object]) -> str:

@@ -16,6 +16,7 @@ from lightning_compress.report.files import write_text_atomically
 from lightning_compress.report.markup import element, escape
 from lightning_compress.report.record import RunRecord
 from lightning_compress.report.style import STYLE
+from lightning_compress.report.width_sections import widths
 
 __all__ = ["JSON_NAME", "PAGE_NAME", "read_record", "render_page", "render_run", "write_report"]
 
@@ -95,6 +96,7 @@ def render_page(record: RunRecord) -> str:
         tokens(record),
         exits(record),
         sections.latency(record),
+        widths(record),
         sections.ranks(record),
         sections.course(record),
         sections.reproduction(record),

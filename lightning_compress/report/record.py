@@ -19,6 +19,7 @@ from lightning_compress.report.fields import (
     text_field,
 )
 from lightning_compress.report.latency_table import LatencyTable
+from lightning_compress.report.width_record import WidthsRecord
 
 __all__ = ["RECORD_SCHEMA", "FinalRecord", "LayerRank", "RunRecord", "ScopeCounts", "StepRecord"]
 
@@ -26,6 +27,8 @@ RECORD_SCHEMA = 1
 
 _OF_TOKENS = ("tokens_kept", "ratio", "target", "threshold")
 """Fields of a step that are written only where tokens leave."""
+_PARTS = ("dropping", "exits", "widths")
+"""Fields of a run that are written only where there is something to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,8 @@ class RunRecord:
     """Which tokens left where; None where tokens do not leave, or no text was seen."""
     exits: ExitsRecord | None = None
     """Who left by which exit; None where there are none, or no text was seen."""
+    widths: WidthsRecord | None = None
+    """How wide each layer is; None where heads and neurons were left alone."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -210,7 +215,7 @@ class RunRecord:
                 f"the record has unknown fields {unknown}: known are {sorted(cls.__dataclass_fields__)}"
             )
         final, latency = data.get("final"), data.get("latency")
-        dropping, exits = data.get("dropping"), data.get("exits")
+        dropping, exits, widths = (data.get(name) for name in _PARTS)
         return cls(
             model_type=text_field(data, "model_type"),
             methods=[dict(method) for method in data.get("methods", [])],
@@ -221,6 +226,7 @@ class RunRecord:
             latency=None if latency is None else LatencyTable.from_dict(latency),
             dropping=None if dropping is None else DroppingRecord.from_dict(dropping),
             exits=None if exits is None else ExitsRecord.from_dict(exits),
+            widths=None if widths is None else WidthsRecord.from_dict(widths),
             machine=dict(mapping_field(data, "machine", default={})),
             versions=dict(mapping_field(data, "versions", default={})),
             warnings=[str(warning) for warning in data.get("warnings", [])],
@@ -239,7 +245,7 @@ class RunRecord:
             "final": None if self.final is None else self.final.to_dict(),
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
-        parts = {name: plain.pop(name) for name in ("dropping", "exits")}
+        parts = {name: plain.pop(name) for name in _PARTS}
         return _jsonable(plain | {name: part.to_dict() for name, part in parts.items() if part is not None})
 
     def to_json(self) -> str:

@@ -118,6 +118,27 @@ def dropping_run(run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
+def width_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that makes two layers narrower, one more than the other."""
+    run["final"]["ranks"] = {}
+    for step in run["steps"]:
+        step["ranks"] = {}
+    run["widths"] = {
+        "layers": [
+            {"heads": [6, 12], "neurons": [1024, 3072], "parameters": [350_000, 550_000]},
+            {"heads": [3, 12], "neurons": [512, 3072], "parameters": [250_000, 550_000]},
+        ],
+        "criterion": "taylor",
+        "embedding_rank": [128, 768],
+        "hidden": None,
+        "calibration_seconds": 12.25,
+        "calibration_share": 0.045,
+    }
+    run["methods"] = [{"method": "width_slimming", "config": {"target_params": 0.5}}]
+    return run
+
+
+@pytest.fixture
 def exit_run(run: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that trains exits in a model of four layers, two of which are asked."""
     dense, more = run["final"]["parameters"]["dense"], {"encoder": 1_100_000, "total": 3_002_000}

@@ -38,6 +38,16 @@ def test_the_rank_map_of_a_deep_model_leaves_the_numbers_to_the_table():
     assert ">77<" in figures.draw_rank_map(ranks)
 
 
+def test_the_width_map_writes_what_is_left_of_each_layer(width_run: dict):
+    record = RunRecord.from_dict(width_run)
+    assert record.widths is not None
+    svg = figures.draw_width_map(record.widths.layers)
+    for words in (">6<", ">3<", ">1,024<", ">512<", ">heads<", ">neurons<"):
+        assert words in svg
+    assert ">dense<" not in svg and 'id="widths-' in svg
+    assert ">512<" not in figures.draw_width_map(record.widths.layers * 9)
+
+
 def test_progress_names_phases_and_target(run: dict):
     record = RunRecord.from_dict(run)
     svg = figures.draw_progress(record.steps, record.target)

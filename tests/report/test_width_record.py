@@ -1,0 +1,57 @@
+import copy
+import json
+
+import pytest
+
+from lightning_compress.report.record import RunRecord
+from lightning_compress.report.width_record import KeptOf
+
+
+def test_a_record_with_widths_there_and_back_is_the_same(width_run: dict):
+    record = RunRecord.from_dict(width_run)
+    assert RunRecord.from_dict(json.loads(record.to_json())) == record
+    assert record.to_dict() == width_run
+
+
+def test_a_record_without_widths_is_written_as_ever(run: dict):
+    assert "widths" not in RunRecord.from_dict(run).to_dict()
+
+
+def test_parameters_of_the_layers_add_up(width_run: dict):
+    widths = RunRecord.from_dict(width_run).widths
+    assert widths is not None
+    assert widths.parameters == KeptOf(600_000, 1_100_000)
+    assert widths.layers[1].heads.share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("layers",), [], "'layers' is empty"),
+        (("layers",), 3, "'layers' is 3: expected a list"),
+        (("layers", 0), "a layer", "'layers' is 'a layer': expected a mapping"),
+        (("layers", 0, "heads"), 6, r"'heads' is 6: expected \[kept, dense\]"),
+        (("layers", 0, "heads"), [6], r"'heads' is \[6\]"),
+        (("layers", 0, "neurons"), [-1, 3072], "'neurons' is -1"),
+        (("layers", 1, "neurons"), [4000, 3072], "4000 of 3072 is impossible"),
+        (("layers", 1, "parameters"), [0, 0], "0 of 0 is impossible"),
+        (("criterion",), "", "'criterion' is ''"),
+        (("embedding_rank",), [1.5, 768], "'embedding_rank' is 1.5"),
+        (("hidden",), "all", "'hidden' is 'all'"),
+        (("calibration_seconds",), -1.0, "'calibration_seconds' is -1.0"),
+        (("calibration_share",), 1.5, r"'calibration_share' is 1.5: expected a number in \[0, 1\]"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(width_run: dict, path: tuple, value: object, message: str):
+    data = copy.deepcopy(width_run)
+    inner = data["widths"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        RunRecord.from_dict(data)
+
+
+def test_a_part_of_another_kind_is_refused(run: dict):
+    with pytest.raises(ValueError, match="'widths' is 3"):
+        RunRecord.from_dict(run | {"widths": 3})
