@@ -1,7 +1,7 @@
 """Arithmetic on integers that stand for reals: rows that share a power of two, rounding shifts, square roots.
 
 A row is ``value * 2 ** exponent`` with one exponent. The integer operators say what they mean with these functions;
-:mod:`lightning_compress.ops.fixed_point_triton` has the same for kernels, bit for bit.
+:mod:`lightning_compress.ops.fixed_point.triton_functions` has the same for kernels, bit for bit.
 
 Shape legend: R rows, C columns.
 """
