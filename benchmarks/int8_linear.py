@@ -3,9 +3,10 @@
 python benchmarks/int8_linear.py --rows 1 16 128 1024 --rounds 15 --json benchmarks/results/int8_linear.json
 
 "fp32", "bf16" and "dynamic int8" are PyTorch's own: `F.linear` in both dtypes, and `quantize_dynamic`, whose inputs
-have one factor for all rows. The others are engines of `use_backend`. "(bf16)" takes and gives bfloat16, as inside a
-packed encoder with `bf16_states`; the others float32. Several layers of each shape are called one after the other, so
-that weights come from where they come from in a model. Time is that of the processor, on one thread.
+have one factor for all rows, by both of its engines (`"x86"` takes fbgemm for linears). The others are engines of
+`use_backend`. "(bf16)" takes and gives bfloat16, as inside a packed encoder with `bf16_states`; the others float32.
+Several layers of each shape are called one after the other, so that weights come from where they come from in a model.
+Time is that of the processor, on one thread.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ def runners(num_inputs: int, num_outputs: int) -> dict[str, tuple[list[Runner], 
             torch.bfloat16,
         ),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still what users have
-        torch.backends.quantized.engine = "x86"
-        dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(*linears), {nn.Linear})
-    found["dynamic int8"] = (list(dynamic), torch.float32)
+    for engine in ("fbgemm", "onednn"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and still what users have
+            torch.backends.quantized.engine = engine
+            dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(*linears), {nn.Linear})
+        found[f"dynamic int8, {engine}"] = (list(dynamic), torch.float32)
     held = [QuantizedLinear.from_linear(linear, BlockFormat(), BlockFormat()) for linear in linears]
     for name, (backend, dtype, one_factor) in OURS.items():
         if refusal(backend, held, one_factor=one_factor) is None:

@@ -17,23 +17,27 @@ from torch import Tensor
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_quantize.reference import block_exponents, block_scales, power_of_two
 from lightning_compress.runtime.fast_linear import RowEngine, filled_up, first, has_operator
+from lightning_compress.runtime.fbgemm_linear import FbgemmProduct, has_fbgemm
 from lightning_compress.runtime.live_bias import LiveBias
 
 __all__ = ["CudaInt8Engine", "Int8Engine", "has_int8_kernels", "quantize_rows"]
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_FEW_ROWS = 8
+"""Up to so many rows fbgemm is faster than oneDNN."""
 _INT_MM_ROWS = 17
 """``torch._int_mm`` on CUDA wants more than 16 rows."""
 _int_mm: Any = getattr(torch, "_int_mm")  # noqa: B009 - it is not exported
 
 
 class Int8Engine(RowEngine):
-    """Integers times integers on CPU, by oneDNN: inputs are rounded anew at every call, as their format says.
+    """Integers times integers on CPU: inputs are rounded anew at every call, as their format says.
 
-    What comes out is what the reference gives, up to the rounding of floats: integers are the same. (With shifts the
-    reference also rounds the bias, to the exponent of its accumulator; here it is added as it is.) Rows are
-    independent of each other where the format has a factor per row. An infinity or NaN makes its row NaN, where the
-    reference raises.
+    By oneDNN, and up to 8 rows by fbgemm where torch has it and factors are scales; the weight is then held twice.
+    What comes out is what the reference gives, up to the rounding of floats: integers are the same, except that halves
+    in a single row may go to either side. (With shifts the reference also rounds the bias, to the exponent of its
+    accumulator; here it is added as it is.) Rows are independent of each other where the format has a factor per row.
+    An infinity or NaN spoils the outputs of its row, where the reference raises.
 
     Args:
         weight_NK: Integers, int8.
@@ -68,18 +72,30 @@ class Int8Engine(RowEngine):
         self._weight = torch.ops.onednn.qlinear_prepack(weight_NK.contiguous(), None)
         self._scales_N, self._zeros_N = scales_N.float(), torch.zeros_like(scales_N, dtype=torch.int32)
         self._bias, self.num_outputs = LiveBias.of(bias_N), weight_NK.shape[0]
+        is_few = self._format.factor == "scale" and has_fbgemm()
+        self._few = FbgemmProduct(weight_NK, self._scales_N) if is_few else None
 
     def rows(self, x_MK: Tensor) -> Tensor:
-        """Map at least one row, to ``[M, N]``, in bfloat16 if the input is, else in float32."""
-        dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
+        """Map at least one row, to ``[M, N]``, in bfloat16 or float32."""
         rows = x_MK.shape[0]
         is_one = rows == 1 or self._format.block[0] == 0
+        if self._few is not None and rows <= _FEW_ROWS:
+            return self._few_rows(self._few, x_MK.float(), is_one)
+        dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
         q_MK, scale = quantize_rows(x_MK, self._format, one_factor=is_one)
-        q_MK = filled_up(q_MK)
-        bias_N = self._bias(dtype)
+        q_MK, bias_N = filled_up(q_MK), self._bias(dtype)
         if is_one:
             return first(self._product(q_MK, float(scale), bias_N, dtype), rows)
         y_MN = first(self._product(q_MK, 1.0, None, dtype), rows).mul_(scale.to(dtype))
+        return y_MN if bias_N is None else y_MN.add_(bias_N)
+
+    def _few_rows(self, product: FbgemmProduct, x_MK: Tensor, is_one: bool) -> Tensor:
+        magnitude_MK, bias_N = x_MK.abs(), self._bias(torch.float32)
+        if is_one:
+            y_MN = product(x_MK, float(_factor(magnitude_MK.amax(), self._format)))
+        else:
+            scale_M1 = _factor(magnitude_MK.amax(1, keepdim=True), self._format)
+            y_MN = product(x_MK / scale_M1).mul_(scale_M1)
         return y_MN if bias_N is None else y_MN.add_(bias_N)
 
     def _product(
@@ -151,11 +167,18 @@ def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) 
     x_MK = x_MK.float()
     magnitude_MK = x_MK.abs()
     amax = magnitude_MK.amax() if one_factor else magnitude_MK.amax(1, keepdim=True)
+    scale = _factor(amax, held)
+    integer_MK = (x_MK / scale).round_()
+    if held.factor == "shift":
+        integer_MK.clamp_(-held.largest, held.largest)  # beyond the largest exponent
+    return integer_MK.to(torch.int8), scale
+
+
+def _factor(amax: Tensor, held: BlockFormat) -> Tensor:
+    """Return what an integer is worth for these largest magnitudes; not 0, and NaN for NaN."""
     if held.factor == "scale":
-        scale = block_scales(amax, held.largest).clamp_min_(_SMALLEST_NORMAL)  # zeros stay zeros, and NaN NaN
-        return (x_MK / scale).round_().to(torch.int8), scale
-    scale = power_of_two(block_exponents(amax, held.largest))
-    return (x_MK / scale).round_().clamp_(-held.largest, held.largest).to(torch.int8), scale
+        return block_scales(amax, held.largest).clamp_min_(_SMALLEST_NORMAL)
+    return power_of_two(block_exponents(amax, held.largest))
 
 
 def has_int8_kernels() -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_quantize.reference import block_quantize
+from lightning_compress.runtime import int8_linear
 from lightning_compress.runtime.int8_linear import CudaInt8Engine, Int8Engine, has_int8_kernels, quantize_rows
 from tests.runtime.toys_engines import inputs, weight
 
@@ -49,8 +50,11 @@ def test_numbers_worked_by_hand():
 
 @needs_int8
 @pytest.mark.parametrize("held", FORMATS, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16, 37])
-def test_integers_are_multiplied_exactly(held, rows):
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 37])
+@pytest.mark.parametrize("fbgemm", [True, False])
+def test_integers_are_multiplied_exactly(held, rows, fbgemm, monkeypatch):
+    if not fbgemm:
+        monkeypatch.setattr(int8_linear, "has_fbgemm", lambda: False)
     x_MK = inputs(rows, 32)
     torch.testing.assert_close(
         Int8Engine(*weight(), held)(x_MK).double(), slow_product(x_MK, *weight(), held), rtol=1e-5, atol=1e-4
@@ -108,8 +112,9 @@ def test_inputs_of_zeros_give_the_bias(held):
 
 @needs_int8
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_with_a_number_that_is_not_finite_is_not_taken_for_one_that_is(value):
-    x_MK = inputs(3, 32)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_row_with_a_number_that_is_not_finite_is_not_taken_for_one_that_is(value, rows):
+    x_MK = inputs(rows, 32)
     x_MK[1, 4] = value
     y_MN = Int8Engine(*weight())(x_MK)
     assert not y_MN[1].isfinite().any() and y_MN[[0, 2]].isfinite().all()

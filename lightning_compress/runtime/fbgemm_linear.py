@@ -1,0 +1,72 @@
+"""Products of few rows of integers, by fbgemm: one operator that rounds and multiplies, with little around it.
+
+For many rows oneDNN is faster, see :mod:`lightning_compress.runtime.int8_linear`, the next chapter.
+
+Shape legend: M rows of the input, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FbgemmProduct", "has_fbgemm"]
+
+_quantized_tensor: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
+_ZERO_POINT = 128
+"""Inputs are unsigned here: 1 to 255 stand for -127 to 127."""
+
+
+class FbgemmProduct:
+    """Rounds inputs to integers and multiplies them by those of a weight.
+
+    Args:
+        weight_NK: Integers, int8.
+        scales_N: What an integer of each output is worth, float32.
+
+    Raises:
+        RuntimeError: If this build of torch has no fbgemm.
+
+    Example:
+        >>> weight_NK, scales_N = torch.tensor([[100, -3]], dtype=torch.int8), torch.tensor([0.5])
+        >>> product = FbgemmProduct(weight_NK, scales_N) if has_fbgemm() else None
+        >>> product is None or product(torch.tensor([[1.0, 4.0]]), scale=2.0)  # 1/2 is rounded to even: 0
+        tensor([[-6.]])
+    """
+
+    def __init__(self, weight_NK: Tensor, scales_N: Tensor) -> None:
+        if not has_fbgemm():
+            raise RuntimeError("this build of torch has no fbgemm")
+        engine = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+            zeros_N = torch.zeros_like(scales_N, dtype=torch.int64)
+            held = _quantized_tensor(weight_NK, scales_N.double(), zeros_N, 0)
+        try:
+            torch.backends.quantized.engine = "fbgemm"
+            self._weight = torch.ops.quantized.linear_prepack(held, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def __call__(self, x_MK: Tensor, scale: float = 1.0) -> Tensor:
+        """Round ``x / scale`` to integers, halves to even, and multiply; ``[M, N]`` with the scale put back.
+
+        Args:
+            x_MK: Numbers, float32, at most 127 times the scale.
+            scale: Not 0.
+        """
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
+            x_MK, scale, _ZERO_POINT, self._weight
+        )
+
+
+def has_fbgemm() -> bool:
+    """Whether this build of torch has fbgemm, the operator, and the quantised dtypes by which weights are given."""
+    return (
+        "fbgemm" in torch.backends.quantized.supported_engines
+        and _quantized_tensor is not None
+        and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+    )
