@@ -30,7 +30,7 @@ from lightning_compress.callbacks.session import session_of
 from lightning_compress.data import LanguageModelingData, TextClassificationData
 from lightning_compress.demo import run_demo
 from lightning_compress.deploy import plan_of, save_pretrained
-from lightning_compress.deploy.export import EXTRA, export_onnx
+from lightning_compress.deploy.export import EXTRA, Runtime, export_onnx
 from lightning_compress.deploy.text_counts import counts_on_texts
 from lightning_compress.report import render_run, run_bench
 from lightning_compress.report.latency_inputs import load_any
@@ -171,7 +171,11 @@ def export_parser() -> ArgumentParser:
     parser.add_argument("model_dir", type=str, help="Folder of the model, compressed or dense.")
     parser.add_argument("--format", type=Literal["onnx"], default="onnx", help="What to write.")
     parser.add_argument("--length", type=int, default=128, help="Tokens per text, padding included.")
-    parser.add_argument("--int8", action="store_true", help="Quantise weights and activations to int8.")
+    parser.add_argument("--exit", type=int | None, default=None, help="Layer, from 0, whose exit answers.")
+    parser.add_argument("--int8", action="store_true", help="Write the weights of layers and tables in int8.")
+    parser.add_argument(
+        "--runtime", type=Runtime, default="onnxruntime", help="Where an int8 file is to be fast."
+    )
     parser.add_argument(
         "--texts", type=str | None, default=None, help="Typical texts, one per line, to count kept tokens on."
     )
@@ -210,10 +214,13 @@ def _export(args: Namespace) -> None:
         )
         print(f"Tokens that enter each layer: {' '.join(map(str, counts))}")
     encoder = packed_encoder(model)
-    if encoder is not None and encoder.exits is not None:
-        print("Exits are left out, as shapes in ONNX are fixed: every text runs all layers")
+    if encoder is not None and encoder.exits is not None and args.exit is None:
+        print(
+            "Exits are left out, as shapes in ONNX are fixed: every text runs all layers (--exit names one)"
+        )
     target = args.output or Path(args.model_dir) / "model.onnx"
-    print(export_onnx(model, target, length=args.length, counts=counts, int8=args.int8))
+    form: Any = {"exit_layer": args.exit, "int8": args.int8, "runtime": args.runtime}
+    print(export_onnx(model, target, length=args.length, counts=counts, **form))
 
 
 _OWN = {

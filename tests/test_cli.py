@@ -318,6 +318,19 @@ def test_export_says_that_exits_are_left_out(
     monkeypatch.setattr("lightning_compress.cli.export_onnx", lambda model, target, **_: target)
     main(["export", str(tmp_path), "--length", "12"])
     assert capsys.readouterr().out.startswith("Exits are left out")
+    main(["export", str(tmp_path), "--length", "12", "--exit", "0"])
+    assert capsys.readouterr().out == f"{tmp_path / 'model.onnx'}\n"
+
+
+def test_export_hands_on_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    tiny_bert().save_pretrained(tmp_path)
+    monkeypatch.setattr("lightning_compress.cli.export_onnx", lambda model, target, **form: told.append(form))
+    main(["export", str(tmp_path), "--length", "12"])
+    main(["export", str(tmp_path), "--exit", "1", "--int8", "--runtime", "openvino"])
+    plain = {"counts": None, "exit_layer": None, "int8": False, "runtime": "onnxruntime"}
+    chosen = {"exit_layer": 1, "int8": True, "runtime": "openvino"}
+    assert told == [{**plain, "length": 12}, {**plain, **chosen, "length": 128}]
 
 
 def test_export_says_in_one_line_what_it_lacks(dropping_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,34 +1,37 @@
-"""Export: an encoder as one ONNX file, checked in onnxruntime; token dropping with fixed shapes.
+"""Export: an encoder as one ONNX file, checked in onnxruntime; token dropping with fixed shapes, one exit, int8.
 
-It needs the extra ``onnx``. What is exported is the static variant of :mod:`lightning_compress.runtime.static`.
+It needs the extra ``onnx``. What is exported is the static variant of :mod:`lightning_compress.runtime.static`. The
+next chapter is :mod:`lightning_compress.deploy.onnx_program`.
 
 Shape legend: B sequences, T padded length.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.deploy.float_form import round_by_rows, to_float_form
+from lightning_compress.deploy.onnx_int8 import to_int8
+from lightning_compress.deploy.onnx_program import OnnxProgram, forget_sources, to_onnx
 from lightning_compress.nn.anatomy import describe, find_transformer
+from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime.packing import packed_encoder
 from lightning_compress.runtime.static import make_static
 
-__all__ = ["EXTRA", "export_onnx"]
+__all__ = ["EXTRA", "Runtime", "export_onnx"]
 
 EXTRA = ("onnx", "onnxruntime", "onnxscript")
 """What the extra ``onnx`` installs."""
+Runtime = Literal["onnxruntime", "openvino"]
+"""Where a file is to be fast."""
 _TOLERANCE = 1e-4
 
 
@@ -39,23 +42,37 @@ def export_onnx(
     length: int | Literal["dynamic"],
     counts: Sequence[int] | None = None,
     batch: int | Literal["dynamic"] = "dynamic",
+    exit_layer: int | None = None,
     int8: bool = False,
+    runtime: Runtime = "onnxruntime",
 ) -> Path:
     """Write an encoder as ONNX, for texts padded to ``length`` on the right.
 
     The inputs are ``input_ids``, ``attention_mask`` and, where the model tells segments apart, ``token_type_ids``,
     int64 ``[B, T]``; the output is ``logits``, or ``last_hidden_state`` of a base model. Before anything is written,
-    onnxruntime and the model have to give the same outputs in fp32; those of the int8 file differ, and are to be
-    measured on a data set. Exits are left out: every text runs all layers.
+    onnxruntime and the model have to give the same outputs. Exits are not asked who may leave: all texts run the same
+    layers.
+
+    A quantised model is written with the weights that its integers stand for. Nothing else of it is rounded in the fp32
+    file: inputs of linears are as they come, and attention, activations and norms compute in floating point.
+
+    With ``int8`` the weights of layers and tables are integers with a scale for each output; those that were quantised
+    with a factor for each row, to whatever bits, keep theirs. Laid out for onnxruntime, inputs are rounded too, to 8
+    bits by one scale for the whole batch: outputs differ, with the batch, and are to be measured on a data set.
+    Laid out for OpenVINO, they equal those of a model with these weights, and the runtime decides: it multiplies in
+    fp32 or bf16, or rounds inputs in groups (its ``DYNAMIC_QUANTIZATION_GROUP_SIZE``).
 
     Args:
-        model: A token-dropping model, a packed or a dense encoder, or a module that holds one. It stays as it is.
+        model: A token-dropping model, a packed or a dense encoder, or a module that holds one; quantised or not. It
+            stays as it is.
         path: The file to write, which is replaced as a whole.
         length: Tokens per text, padding included; ``"dynamic"`` for any number where no tokens are dropped.
         counts: Tokens that enter each layer of a token-dropping model, see
             :func:`~lightning_compress.runtime.static.static_counts`.
         batch: Texts per call, or ``"dynamic"`` for any number.
-        int8: Whether to quantise weights to int8, with activations quantised as they come.
+        exit_layer: Layer, from 0, whose exit answers; later layers are left out. None runs all layers.
+        int8: Whether to write weights and tables in int8.
+        runtime: Where an int8 file is to be fast; one in fp32 is the same for both.
 
     Returns:
         The path.
@@ -63,7 +80,7 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: If the extra is not installed.
         ValueError: If the length does not fit the model, is below 2, or dynamic with counts, the batch is below 1, the
-            model drops tokens and there are no counts, or for the reasons of
+            runtime is unknown, the model drops tokens and there are no counts, or for the reasons of
             :func:`~lightning_compress.runtime.static.make_static`.
         RuntimeError: If onnxruntime computes something else.
 
@@ -73,6 +90,8 @@ def export_onnx(
     _check_installed()
     longest = _longest(model)
     _check_shape(longest, length, batch, counts)
+    if runtime not in get_args(Runtime):
+        raise ValueError(f"runtime={runtime!r} is not one of {list(get_args(Runtime))}")
     encoder = packed_encoder(model)
     if counts is None and encoder is not None and encoder.policy is not None:
         raise ValueError(
@@ -80,17 +99,18 @@ def export_onnx(
             "counts=static_counts(model, batches) with batches of typical texts, or the length once for each layer to "
             "drop nothing; on the command line --texts FILE with typical texts, one a line, or --counts"
         )
-    program = _Outputs(make_static(model, counts).float().cpu()).eval()
+    static = make_static(model, counts, exit_layer=exit_layer)
+    if int8:
+        for part in _int8_parts(static):
+            round_by_rows(part)
+    to_float_form(static)
+    program = OnnxProgram(static.float().cpu()).eval()
     sizes = _Sizes(length, batch, longest)
-    inputs = program.example(*sizes.example)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = Path(folder) / "model.onnx"
-        _write(program, inputs, written, sizes.dynamic)
-        _check_outputs(program, inputs, written)
-        if int8:
-            written = _quantize(written, Path(folder) / "int8.onnx")
+        _write(program, sizes, written, runtime if int8 else None)
         os.replace(written, target)
     return Path(path)
 
@@ -105,32 +125,6 @@ class _Sizes:
             self.dynamic[0] = torch.export.Dim("batch")
         if length == "dynamic":
             self.dynamic[1] = torch.export.Dim("length", min=2, max=longest)
-
-
-class _Outputs(nn.Module):
-    """A model as a function of tensors to one tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = find_transformer(model)[1]
-        taken = inspect.signature(self.model.forward).parameters
-        has_segments = "token_type_ids" in taken and getattr(self.model.config, "type_vocab_size", 0) > 1
-        self.names = ("input_ids", "attention_mask", *(("token_type_ids",) if has_segments else ()))
-        self.output = "last_hidden_state" if describe(self.model).head is None else "logits"
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True)))[0]
-
-    def example(self, batch: int, length: int) -> tuple[Tensor, ...]:
-        """Return random texts, of which the first is of full length."""
-        generator = torch.Generator().manual_seed(0)
-        padding = getattr(self.model.config, "pad_token_id", None) or 0
-        ids_BT = torch.randint(0, self.model.config.vocab_size, (batch, length), generator=generator)
-        lengths_B = torch.randint(2, length + 1, (batch,), generator=generator)
-        lengths_B[0] = length
-        mask_BT = (torch.arange(length) < lengths_B[:, None]).long()
-        ids_BT = ids_BT.masked_fill(mask_BT == 0, padding)
-        return (ids_BT, mask_BT, torch.zeros_like(ids_BT))[: len(self.names)]
 
 
 def _check_installed() -> None:
@@ -158,26 +152,37 @@ def _check_shape(longest: int, length: int | str, batch: int | str, counts: Sequ
         raise ValueError(f"batch={batch!r} must be a number of at least 1, or 'dynamic'")
 
 
-def _write(program: _Outputs, inputs: tuple[Tensor, ...], path: Path, dynamic: dict[int, Any]) -> None:
-    sizes = ((dynamic,) * len(inputs),) if dynamic else None
-    # not by TorchScript, which is deprecated, and warns that it takes branches over the mask for constants
-    with torch.no_grad(), _quiet("torch.onnx"):
-        exported = torch.export.export(program, inputs, dynamic_shapes=sizes)
-        onnx_program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            input_names=list(program.names),
-            output_names=[program.output],
-            verbose=False,
-        )
-    assert onnx_program is not None
-    onnx_program.save(path)
+def _int8_parts(static: nn.Module) -> list[nn.Module]:
+    """Return embeddings and layers: heads, exits and what a policy ranks by stay in fp32."""
+    transformer = find_transformer(static)[1]
+    anatomy = describe(transformer)
+    encoder: Any = get_module(transformer, anatomy.encoder or "")
+    return [get_module(transformer, anatomy.embeddings), encoder.layer]
 
 
-def _check_outputs(program: _Outputs, inputs: tuple[Tensor, ...], path: Path) -> None:
+def _write(program: OnnxProgram, sizes: _Sizes, path: Path, int8_for: Runtime | None) -> None:
+    """Write the program, once the file gives the same outputs as the program."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    inputs = program.example(*sizes.example)
+    graph_model = to_onnx(program, inputs, sizes.dynamic)
+    forget_sources(graph_model)
+    if int8_for == "openvino":
+        to_int8(graph_model, "weights")
+    onnx.save(graph_model, path)
+    _check_outputs(program, inputs, path, as_written=int8_for == "openvino")
+    if int8_for == "onnxruntime":
+        to_int8(graph_model, "dynamic")  # rounds inputs: outputs are others than those just checked
+        onnx.save(graph_model, path)
+
+
+def _check_outputs(program: OnnxProgram, inputs: tuple[Tensor, ...], path: Path, *, as_written: bool) -> None:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if as_written:  # otherwise it rounds the inputs of int8 weights, in blocks of 32
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {name: tensor.numpy() for name, tensor in zip(program.names, inputs, strict=True)}
     (found,) = session.run(None, feed)
     with torch.no_grad():
@@ -190,28 +195,3 @@ def _check_outputs(program: _Outputs, inputs: tuple[Tensor, ...], path: Path) ->
             f"onnxruntime {onnxruntime.__version__} differs from the model by {float(apart.max()):.2g}, so nothing was "
             f"written; torch {torch.__version__} may not export this model: try another release of either"
         )
-
-
-def _quantize(path: Path, target: Path) -> Path:
-    import onnx  # pyright: ignore[reportMissingImports]
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
-
-    graph = onnx.load(path)
-    del graph.graph.value_info[:]  # the exporter's names of shapes, which the quantiser trips over
-    with _quiet():
-        quantize_dynamic(graph, target, weight_type=QuantType.QInt8)
-    return target
-
-
-@contextmanager
-def _quiet(name: str | None = None) -> Iterator[None]:
-    """Keep advice that is about the exporter's own affairs from the user."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(before)

@@ -11,7 +11,7 @@ from lightning_compress import cli
 OPTIONS = {
     "bench": "--against --batch-sizes --dtypes --json --lengths --rounds --threads MODEL_DIR",
     "demo": "--output --seed --steps --target-params",
-    "export": "--counts --format --int8 --length --output --quantile --texts MODEL_DIR",
+    "export": "--counts --exit --format --int8 --length --output --quantile --runtime --texts MODEL_DIR",
     "report": "RUN_DIR",
 }
 COMMANDS = {"fit", "validate", "test", "predict", *OPTIONS}
