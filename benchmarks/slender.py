@@ -6,9 +6,9 @@ command's ``dense`` model. Runs that the results file already holds are skipped,
 started again. Data are looked for in the folder named by LIGHTNING_COMPRESS_DATA.
 
     python benchmarks/token_dropping.py train --tasks sst2 --variants base dense
-    python benchmarks/slender.py train --tasks sst2 --variants slim50 exits joint50
-    python benchmarks/slender.py curve --tasks sst2 --variants exits joint50
-    python benchmarks/slender.py latency --tasks sst2 --variants slim50 exits
+    python benchmarks/slender.py train --tasks sst2 --variants slim50 mean both50
+    python benchmarks/slender.py curve --tasks sst2 --variants mean both50
+    python benchmarks/slender.py latency --tasks sst2 --variants slim50 mean
     python benchmarks/slender.py table
     python benchmarks/slender.py frontier --share 0.965
 
@@ -17,6 +17,10 @@ tokens, the ratio of totals over the test part, exits included; ``speedup`` pric
 ``speedup_run`` as the packed engine runs it, for the classification token only, in the dense model too. ``latency``
 times whole data, as texts come, in processor time of one thread unless told otherwise, with thresholds chosen on
 validation data for ``--max-drop``; ``waiting`` is a model with exits whose whole batch waits for its last text.
+
+Numbers in names of variants are percents of the layers' parameters. ``mean``: exits of the default kind; ``exits``: those
+that read the first token; ``both`` and ``joint``: the same with slimming; ``later``: exits added to a finished ``slim``;
+``long``: like ``both``, twice the steps; ``student``: fewer layers instead.
 """
 
 from __future__ import annotations
@@ -343,7 +347,7 @@ def main() -> None:
     for command in ("train", "curve", "latency"):
         sub = commands.add_parser(command)
         sub.add_argument("--tasks", nargs="+", default=["sst2"], choices=TASKS)
-        sub.add_argument("--variants", nargs="+", default=["exits"], choices=VARIANTS)
+        sub.add_argument("--variants", nargs="+", default=["mean"], choices=VARIANTS)
     commands.choices["train"].add_argument("--seeds", nargs="+", type=int, default=[0])
     commands.choices["curve"].add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     latency = commands.choices["latency"]
