@@ -18,9 +18,9 @@ tokens, the ratio of totals over the test part, exits included; ``speedup`` pric
 times whole data, as texts come, in processor time of one thread unless told otherwise, with thresholds chosen on
 validation data for ``--max-drop``; ``waiting`` is a model with exits whose whole batch waits for its last text.
 
-Numbers in names of variants are percents of the layers' parameters. ``mean``: exits of the default kind; ``exits``: those
-that read the first token; ``both`` and ``joint``: the same with slimming; ``later``: exits added to a finished ``slim``;
-``long``: like ``both``, twice the steps; ``student``: fewer layers instead.
+Numbers in names of variants are percents of the layers' parameters. ``mean``: exits of the default kind; ``exits``:
+those that read the first token; ``both`` and ``joint``: the same with slimming; ``later``: exits added to a finished
+``slim``; ``long``: like ``both``, twice the steps; ``student``: fewer layers instead.
 """
 
 from __future__ import annotations
