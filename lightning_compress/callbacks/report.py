@@ -247,9 +247,10 @@ def _target(plan: CompressionPlan, compressor: Compressor) -> dict[str, Any]:
         return {}
     stem, settings = plan.methods[0].method, plan.methods[0].config
     target = {name: value for name, value in settings.items() if name.startswith("target_")}
-    default = getattr(compressor.configs.get(stem), "target", None)
-    if default is not None and all(value is None for value in target.values()) and "target_flops" in target:
-        target["target_flops"] = default
+    config = compressor.configs.get(stem)
+    default = getattr(config, "target", None)
+    if config is not None and default is not None and all(value is None for value in target.values()):
+        target[config.default_goal] = default
     return target
 
 

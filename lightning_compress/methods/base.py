@@ -43,9 +43,14 @@ __all__ = [
 
 
 class MethodConfig:
-    """Base of the frozen configuration dataclasses; ``stem`` names the method everywhere."""
+    """Base of the frozen configuration dataclasses; ``stem`` names the method everywhere.
+
+    A configuration may have a ``target``, the share asked for; where no field was given a value, ``default_goal`` names
+    the one that it stands for.
+    """
 
     stem: ClassVar[str]
+    default_goal: ClassVar[str] = "target_flops"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values (tuples become lists)."""

@@ -32,6 +32,7 @@ class WidthSlimmingConfig(MethodConfig):
     """
 
     stem: ClassVar[str] = "width_slimming"
+    default_goal: ClassVar[str] = "target_params"
 
     heads: Width = None
     """Attention heads kept in each layer (on average under a global ranking); with grouped queries whole groups."""

@@ -44,6 +44,23 @@ def test_without_separate_passes_none_are_priced(criterion: Any, tmp_path: Path)
     assert data["widths"]["calibration_seconds"] is data["widths"]["calibration_share"] is None
 
 
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({}, "Asked for: 50.0 % of the parameters"),
+        ({"target_flops": 0.6}, "Asked for: 60.0 % of the FLOPs"),
+        ({"heads": 2}, "No target was stated"),
+    ],
+)
+def test_the_goal_is_told_as_what_it_is_also_where_none_was_given(
+    wish: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    _, data = run(tmp_path, WidthSlimming(**wish))
+    asked = {name: value for name, value in data["target"].items() if value is not None}
+    assert asked == ({} if "heads" in wish else wish or {"target_params": 0.5})
+    assert words in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:training ended in phase")
 def test_layers_are_found_where_others_changed_them_too(tmp_path: Path) -> None:
     company = SoftThresholdRank(target_params=0.5, rank_multiple=4), MultiExit(threshold=0.5)
