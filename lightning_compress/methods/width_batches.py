@@ -127,7 +127,10 @@ class BatchRecorder:
 
     def settle(self) -> None:
         """Count what was noted; a run that stops inside a batch does that batch again."""
-        self._kept = sorted([*self._kept, *self._recent], key=lambda kept: kept.lot)[: self.size]
+        if not self.is_fixed:
+            self._kept = sorted([*self._kept, *self._recent], key=lambda kept: kept.lot)[: self.size]
+        else:  # importance was read off what is there: it stays, and what is missing comes in the order of training
+            self._kept = [*self._kept, *self._recent][: self.size]
         self.count += self._num_recent
         self._recent, self._num_recent = [], 0
 

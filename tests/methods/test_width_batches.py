@@ -112,6 +112,20 @@ def test_a_sample_that_is_fixed_too_early_is_filled_first() -> None:
     assert numbers_of(recorder) == [0, 1, 2]
 
 
+def test_a_sample_that_is_fixed_before_it_is_full_loses_nothing() -> None:
+    recorder, model = BatchRecorder(2, 1), Plain()
+    recorder.attach(model)
+    assert lot(1, 2) < lot(1, 1) < lot(1, 0)  # by lots alone pass 0 would leave
+    passes(recorder, model, range(1))
+    recorder.fix()
+    for number in (1, 2):
+        model.train()(torch.tensor([number]))
+    recorder.settle()
+    assert numbers_of(recorder) == [0, 1]
+    passes(recorder, model, range(3, 20))
+    assert numbers_of(recorder) == [0, 1]
+
+
 def test_nothing_is_heard_in_a_pause_or_without_gradients() -> None:
     model, recorder = Plain(), BatchRecorder(3)
     recorder.attach(model)
