@@ -6,7 +6,7 @@ dataclass. ``prepare`` returns a handle; this file states what the rest of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from numbers import Integral, Real
 from types import UnionType
@@ -92,7 +92,7 @@ def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> N
 
 
 def check_kinds(config: MethodConfig) -> None:
-    """Refuse what is no number where a field holds one, and a single one where it holds several.
+    """Refuse what is no number, or no whole one, where a field holds one, and a single one where it holds several.
 
     Raises:
         TypeError: If a value is of another kind than its field.
@@ -107,14 +107,18 @@ def check_kinds(config: MethodConfig) -> None:
         given = f"{field.name}={value!r} is of type {type(value).__name__}"
         listed = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
         if listed in (int, float):
-            items = list(value) if isinstance(value, Iterable) else [None]
+            items = (
+                list(value) if isinstance(value, Collection) else [None]
+            )  # an iterator would be empty then
             if not all(_is_number(item, whole=listed is int) for item in items):
                 numbers = "whole numbers" if listed is int else "numbers"
                 raise TypeError(
                     f"{given}, but lists {numbers}: give a list of them, of one too, e.g. [{listed(1)}]"
                 )
-        elif (int in kinds or float in kinds) and not _is_number(value):
+        elif float in kinds and not _is_number(value):
             raise TypeError(f"{given}, but stands for a number")
+        elif int in kinds and float not in kinds and not _is_number(value, whole=True):
+            raise TypeError(f"{given}, but stands for a whole number, e.g. 1")
 
 
 def _is_number(value: Any, *, whole: bool = False) -> bool:

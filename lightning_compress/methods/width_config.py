@@ -101,7 +101,6 @@ class WidthSlimmingConfig(MethodConfig):
         for name, low in _WHOLE.items():
             value = getattr(self, name)
             check(value is None or value >= low, f"{name}={value} is below {low}")
-            check(value is None or value == int(value), f"{name}={value} is no whole number, from {low}")
         check(0.0 <= self.start < 1.0, f"start={self.start} is outside [0, 1)")
         check(
             self.start < self.end <= 1.0,

@@ -33,6 +33,7 @@ class _Config(MethodConfig):
 
     share: float = 0.5
     width: Width = None
+    count: int | None = 3
     layers: tuple[int, ...] | None = None
     marks: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
@@ -47,8 +48,14 @@ class _Config(MethodConfig):
     "settings",
     [
         {"share": 1, "width": 3, "layers": (0, 1), "marks": (0.5, 1)},
-        {"share": np.float32(0.5), "width": np.int64(3), "layers": range(2), "marks": [0.5]},
-        {"width": None, "layers": None, "names": "ab", "kind": "b", "is_on": False},
+        {
+            "share": np.float32(0.5),
+            "width": np.int64(3),
+            "count": np.int64(3),
+            "layers": range(2),
+            "marks": [0.5],
+        },
+        {"width": None, "count": None, "layers": None, "names": "ab", "kind": "b", "is_on": False},
     ],
 )
 def test_numbers_of_any_make_are_taken_and_other_fields_left_alone(settings: dict[str, Any]) -> None:
@@ -63,6 +70,8 @@ def test_numbers_of_any_make_are_taken_and_other_fields_left_alone(settings: dic
         ({"share": None}, "share=None is of type NoneType, but stands for a number"),
         ({"share": True}, "share=True is of type bool, but stands for a number"),
         ({"width": [3]}, "width=[3] is of type list, but stands for a number"),
+        ({"count": 4.0}, "count=4.0 is of type float, but stands for a whole number, e.g. 1"),
+        ({"count": True}, "count=True is of type bool, but stands for a whole number"),
         (
             {"layers": 1},
             "layers=1 is of type int, but lists whole numbers: give a list of them, of one too, e.g. [1]",
@@ -79,6 +88,12 @@ def test_numbers_of_any_make_are_taken_and_other_fields_left_alone(settings: dic
 def test_what_a_field_cannot_hold_is_refused_by_name_with_the_remedy(settings: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         _Config(**settings)
+
+
+def test_an_iterator_is_refused_for_looking_would_empty_it() -> None:
+    with pytest.raises(TypeError, match=r"^exits=<.*> is of type list_iterator, .*: give a list of them"):
+        MultiExitConfig(exits=iter([0]))  # type: ignore[arg-type]
+    assert MultiExitConfig(exits=[0]).exits == (0,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
