@@ -72,7 +72,7 @@ class ExitHead(nn.Module):
         hidden_size: int,
         num_labels: int,
         *,
-        pooling: Pooling = "cls",
+        pooling: Pooling = "mean",
         pooler: bool = False,
         dropout: float = 0.1,
     ) -> None:
@@ -98,10 +98,11 @@ class ExitHead(nn.Module):
             real_BT: True for tokens, False for padding and for tokens that were dropped; None if all are there.
         """
         if self.pooling == "mean":
+            wide_BTD = hidden_BTD.to(_wide(hidden_BTD.dtype))
             if real_BT is None:
-                return hidden_BTD.mean(dim=1)
-            kept_BTD = hidden_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
-            return kept_BTD.sum(dim=1) / real_BT.sum(dim=1, keepdim=True).to(hidden_BTD.dtype)
+                return wide_BTD.mean(dim=1).to(hidden_BTD.dtype)
+            kept_BTD = wide_BTD.masked_fill(~real_BT.unsqueeze(-1), 0.0)
+            return (kept_BTD.sum(dim=1) / real_BT.sum(dim=1, keepdim=True)).to(hidden_BTD.dtype)
         if real_BT is None:
             return hidden_BTD[:, 0]
         rows_B = torch.arange(len(real_BT), device=real_BT.device)
@@ -111,10 +112,10 @@ class ExitHead(nn.Module):
         """Return the same, of a packed batch."""
         if self.pooling == "cls":
             return hidden_ND[segments.firsts_B]
-        zero_BD = hidden_ND.new_zeros((segments.num_sequences, hidden_ND.shape[1]))
-        return zero_BD.index_add(0, segments.sequence_N, hidden_ND) / segments.lengths_B[:, None].to(
-            hidden_ND.dtype
-        )
+        wide_ND = hidden_ND.to(_wide(hidden_ND.dtype))
+        zero_BD = wide_ND.new_zeros((segments.num_sequences, hidden_ND.shape[1]))
+        sum_BD = zero_BD.index_add(0, segments.sequence_N, wide_ND)
+        return (sum_BD / segments.lengths_B[:, None]).to(hidden_ND.dtype)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` from what :meth:`pool` returns."""
@@ -261,6 +262,11 @@ def shared_logits(model: nn.Module, hidden_BTD: Tensor) -> Tensor:
     anatomy = describe(model)
     assert anatomy.final_norm is not None and anatomy.head is not None, "checked when exits were shared"
     return get_module(model, anatomy.head)(get_module(model, anatomy.final_norm)(hidden_BTD))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What long sums are taken in: at least float32, for half precision loses tokens."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _layers_of(model: nn.Module) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.methods.multi_exit import MultiExitConfig
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.layer_taps import LayerTaps
 from lightning_compress.nn.multi_exit import (
@@ -39,7 +40,7 @@ def head(**settings: Any) -> ExitHead:
 
 
 def test_a_head_is_a_linear_of_the_tanh_of_the_first_token() -> None:
-    exit_ = ExitHead(2, 1).eval()
+    exit_ = ExitHead(2, 1, pooling="cls").eval()
     with torch.no_grad():
         exit_.classifier.weight.copy_(torch.tensor([[2.0, -1.0]]))
         exit_.classifier.bias.fill_(0.5)
@@ -79,6 +80,24 @@ def test_padding_gets_no_gradient_from_the_mean() -> None:
     head(pooling="mean").pool(hidden_BTD, REAL_BT).sum().backward()
     assert hidden_BTD.grad is not None
     assert torch.equal(hidden_BTD.grad.abs().sum(-1) > 0, REAL_BT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_many_tokens_is_exact_to_the_last_digit_of_its_own_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    real_BT = torch.arange(700).expand(2, -1) < torch.tensor([[700], [600]])
+    hidden_BTD = (1.0 + 0.1 * torch.randn(2, 700, 3)).to(dtype)
+    exact_BD = torch.stack([hidden_BTD[0].double().mean(0), hidden_BTD[1, :600].double().mean(0)]).to(dtype)
+    exit_, segments = ExitHead(3, 2), Segments.of(real_BT)
+    padded_BD = exit_.pool(hidden_BTD, real_BT)
+    packed_BD = exit_.pool_rows(hidden_BTD.flatten(0, 1)[segments.origin_N], segments)
+    assert padded_BD.dtype == packed_BD.dtype == dtype
+    assert torch.equal(padded_BD, exact_BD) and torch.equal(packed_BD, exact_BD)
+    assert torch.equal(exit_.pool(hidden_BTD[:1]), exact_BD[:1])
+
+
+def test_a_head_reads_by_default_what_the_method_lets_it_read() -> None:
+    assert ExitHead(2, 1).pooling == MultiExitConfig.pooling
 
 
 @pytest.mark.parametrize(
