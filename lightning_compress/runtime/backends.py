@@ -52,8 +52,9 @@ def use_backend(
         backend: ``"auto"``, one of ``"int8"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or ``"reference"``; or,
             for each layer by its path, such a name: what an earlier report's ``choices`` hold.
         batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
-        one_factor: Let ``"int8"`` round all rows of a call by one factor. Faster; but then texts of a batch change each
-            other's rounding, and outliers of one row cost all of them precision.
+        one_factor: Let ``"int8"`` round all rows of a call by one factor: on processors by PyTorch's own dynamic
+            quantisation. Faster; but then texts of a batch change each other's rounding, outliers of one row cost all
+            of them precision, and integers are not those of the reference.
         bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does where the processor
             has AMX and the backend is ``"auto"``.
         verbose: Print what was chosen.

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FbgemmProduct", "has_fbgemm"]
+__all__ = ["FEW_ROWS", "FbgemmProduct", "can_prepack", "has_fbgemm", "prepack"]
+
+FEW_ROWS = 8
+"""Up to so many rows fbgemm is faster than oneDNN."""
 
 _quantized_tensor: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
 _ZERO_POINT = 128
@@ -40,16 +43,7 @@ class FbgemmProduct:
     def __init__(self, weight_NK: Tensor, scales_N: Tensor) -> None:
         if not has_fbgemm():
             raise RuntimeError("this build of torch has no fbgemm")
-        engine = torch.backends.quantized.engine
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-            zeros_N = torch.zeros_like(scales_N, dtype=torch.int64)
-            held = _quantized_tensor(weight_NK, scales_N.double(), zeros_N, 0)
-        try:
-            torch.backends.quantized.engine = "fbgemm"
-            self._weight = torch.ops.quantized.linear_prepack(held, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        self._weight = prepack("fbgemm", weight_NK, scales_N, None)
 
     def __call__(self, x_MK: Tensor, scale: float = 1.0) -> Tensor:
         """Round ``x / scale`` to integers, halves to even, and multiply; ``[M, N]`` with the scale put back.
@@ -63,10 +57,26 @@ class FbgemmProduct:
         )
 
 
+def prepack(engine: str, weight_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Any:
+    """Return a weight and a bias in the layout of one of PyTorch's own engines, ``"fbgemm"`` or ``"onednn"``."""
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+        zeros_N = torch.zeros_like(scales_N, dtype=torch.int64)
+        held = _quantized_tensor(weight_NK, scales_N.double(), zeros_N, 0)
+    try:
+        torch.backends.quantized.engine = engine
+        return torch.ops.quantized.linear_prepack(held, bias_N)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def can_prepack(engine: str) -> bool:
+    """Whether this build of torch has the engine, and the quantised dtypes by which it is given weights."""
+    return _quantized_tensor is not None and engine in torch.backends.quantized.supported_engines
+
+
 def has_fbgemm() -> bool:
-    """Whether this build of torch has fbgemm, the operator, and the quantised dtypes by which weights are given."""
-    return (
-        "fbgemm" in torch.backends.quantized.supported_engines
-        and _quantized_tensor is not None
-        and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
-    )
+    """Whether this build of torch has what :class:`FbgemmProduct` needs."""
+    name = "linear_with_input_q_dq_qweight_dq_output_fp32"
+    return can_prepack("fbgemm") and hasattr(torch.ops.quantized, name)

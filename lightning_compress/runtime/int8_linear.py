@@ -17,14 +17,12 @@ from torch import Tensor
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_quantize.reference import block_exponents, block_scales, power_of_two
 from lightning_compress.runtime.fast_linear import RowEngine, filled_up, first, has_operator
-from lightning_compress.runtime.fbgemm_linear import FbgemmProduct, has_fbgemm
+from lightning_compress.runtime.fbgemm_linear import FEW_ROWS, FbgemmProduct, has_fbgemm
 from lightning_compress.runtime.live_bias import LiveBias
 
 __all__ = ["CudaInt8Engine", "Int8Engine", "has_int8_kernels", "quantize_rows"]
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_FEW_ROWS = 8
-"""Up to so many rows fbgemm is faster than oneDNN."""
 _INT_MM_ROWS = 17
 """``torch._int_mm`` on CUDA wants more than 16 rows."""
 _int_mm: Any = getattr(torch, "_int_mm")  # noqa: B009 - it is not exported
@@ -79,7 +77,7 @@ class Int8Engine(RowEngine):
         """Map at least one row, to ``[M, N]``, in bfloat16 or float32."""
         rows = x_MK.shape[0]
         is_one = rows == 1 or self._format.block[0] == 0
-        if self._few is not None and rows <= _FEW_ROWS:
+        if self._few is not None and rows <= FEW_ROWS:
             return self._few_rows(self._few, x_MK.float(), is_one)
         dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
         q_MK, scale = quantize_rows(x_MK, self._format, one_factor=is_one)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.few_bits import few_bit_linear, few_bit_multiple
 from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.runtime.dynamic_linear import DynamicEngine, has_dynamic_kernels
 from lightning_compress.runtime.fast_linear import (
     DenseEngine,
     Engine,
@@ -45,7 +46,8 @@ def build_engine(
     Args:
         backend: One of :data:`BACKENDS`.
         layers: Layers on one device and with equal formats of inputs.
-        one_factor: Let ``"int8"`` round all rows of a call by one factor, whatever the format says.
+        one_factor: Let ``"int8"`` round all rows of a call by one factor, whatever the format says; with 8 bits on a
+            processor by PyTorch's own dynamic quantisation.
 
     Raises:
         ValueError: If the backend is unknown, or cannot compute the layers.
@@ -61,10 +63,13 @@ def build_engine(
         raise ValueError(f"backend={backend!r} cannot compute {parts[0]}: {reason}")
     bias = LiveBias([part.bias for part in parts])
     if backend == "int8":
+        held = _rounding(parts[0], one_factor)
         weight_NK = torch.cat([part.weight_int8() for part in parts])
         scales_N = torch.cat([output_scales(part) for part in parts])  # type: ignore[misc]
+        if one_factor and held.bits == 8 and weight_NK.device.type == "cpu" and has_dynamic_kernels():
+            return DynamicEngine(weight_NK, scales_N, bias)
         engine = CudaInt8Engine if weight_NK.is_cuda else Int8Engine
-        return engine(weight_NK, scales_N, bias, _rounding(parts[0], one_factor))
+        return engine(weight_NK, scales_N, bias, held)
     weight_NK = torch.cat([part.dequantized_weight() for part in parts])
     if backend in _FEW_BITS:
         return ModuleEngine(few_bit_linear(_dense(weight_NK, bias), _FEW_BITS[backend]))

@@ -47,15 +47,20 @@ class LiveBias:
         """Return the live form of a bias; what is one already stays."""
         return bias if isinstance(bias, LiveBias) else cls([bias])
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one after each change."""
+        return tuple([0 if part.is_inference() else part._version for part in self._parts])
+
     def __call__(self, dtype: torch.dtype) -> Tensor | None:
         """Return the bias in a dtype, ``[N]``; None if there is none."""
         if not self._parts:
             return None
-        versions = tuple([0 if part.is_inference() else part._version for part in self._parts])
+        version = self.version
         seen, cast = self._cache
-        if seen != versions:
+        if seen != version:
             cast = {}
-            self._cache = (versions, cast)  # in one assignment: other threads may be here too
+            self._cache = (version, cast)  # in one assignment: other threads may be here too
         if dtype not in cast:
             cast[dtype] = torch.cat(self._parts).to(dtype)
         return cast[dtype]

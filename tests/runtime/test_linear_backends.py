@@ -59,14 +59,27 @@ def test_layers_with_one_input_are_one_product(name):
 
 
 @pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
-def test_one_factor_for_all_rows_is_that_of_the_whole_input():
+def test_one_factor_for_all_rows_is_that_of_the_whole_input(monkeypatch):
     part, x = layer(), torch.randn(5, 64)
     x[0, 0] = 50.0
     whole = layer(inputs=BlockFormat(block=(0, 0)))
     with torch.no_grad():
-        found = build_engine("int8", part, one_factor=True)(x)
-        torch.testing.assert_close(found, whole(x), rtol=1e-5, atol=1e-5)
-        assert (found[1:] - part(x)[1:]).norm() > 0.01 * part(x)[1:].norm()
+        own = build_engine("int8", part, one_factor=True)(x)
+        assert (own[1:] - part(x)[1:]).norm() > 0.01 * part(x)[1:].norm()
+        monkeypatch.setattr(linear_backends, "has_dynamic_kernels", lambda: False)
+        torch.testing.assert_close(
+            build_engine("int8", part, one_factor=True)(x), whole(x), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
+def test_one_factor_keeps_the_bits_of_the_format():
+    part, x = layer(inputs=BlockFormat(4)), torch.randn(5, 64)
+    whole = layer(inputs=BlockFormat(4, (0, 0)))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            build_engine("int8", part, one_factor=True)(x), whole(x), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
