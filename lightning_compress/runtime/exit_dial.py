@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 MIN_SHARE = 0.02
-"""An exit that fewer of the examples use is not worth asking: asking one costs 1.4 % of a layer in batches of 32 texts
-of 32 tokens, 2.4 % in batches of 8, and 8 % for a single one (MiniLM's shape, one thread, fp32: measured by
+"""An exit that fewer of the examples use is not worth asking: asking one costs 2.3 % of a layer in batches of 32 texts
+of 32 tokens, 3.4 % in batches of 8, and 12 % for a single one (MiniLM's shape, one thread, fp32: measured by
 ``benchmarks/exits.py``)."""
 
 _TRIED = 200
