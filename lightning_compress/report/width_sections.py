@@ -3,6 +3,9 @@
 `page` puts it beside the others of `sections`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning_compress.report import figures
 from lightning_compress.report.markup import count, element, escape, figure, percent, section, table
 from lightning_compress.report.record import RunRecord
@@ -19,7 +22,7 @@ def widths(record: RunRecord) -> str:
     caption = "What is left of each layer's heads and neurons: the fuller the blue, the more."
     details = element("details", element("summary", "Every layer") + _table(found))
     parts = [
-        element("p", escape(f"{_summary(found)} {_cost(found)}")),
+        element("p", escape(f"{_summary(found)} {_cost(found, record)}")),
         figure(figures.draw_width_map(found.layers), caption),
         details,
     ]
@@ -42,10 +45,12 @@ def _summary(found: WidthsRecord) -> str:
     return words
 
 
-def _cost(found: WidthsRecord) -> str:
+def _cost(found: WidthsRecord, record: RunRecord) -> str:
     """What it took to decide who stays."""
     if found.criterion == "l0":
         return "Which of them stay was learned by gates."
+    if found.calibration_seconds is None and any(_batches(method) for method in record.methods):
+        return "Importance was measured in separate passes, in an earlier run."
     if found.calibration_seconds is None:
         return "Importance was read off the gradients of the ordinary steps, which costs nothing."
     share = "" if found.calibration_share is None else f", {percent(found.calibration_share)} of the time"
@@ -53,6 +58,11 @@ def _cost(found: WidthsRecord) -> str:
         f"Importance was measured in separate passes: {found.calibration_seconds:.3g} s{share} since training began or "
         "was resumed."
     )
+
+
+def _batches(method: Mapping[str, Any]) -> int:
+    """Batches of each separate pass of a method, 0 if it has none."""
+    return (method.get("config") or {}).get("calibration_batches") or 0
 
 
 def _mean(pairs: list[KeptOf]) -> str:

@@ -45,5 +45,12 @@ def test_what_the_choice_cost_is_told(width_run: dict, change: dict, words: str)
     assert words in words_of(width_run)
 
 
+def test_passes_of_an_earlier_run_are_told_of_without_their_time(width_run: dict):
+    width_run["widths"].update(calibration_seconds=None, calibration_share=None)
+    width_run["methods"][0]["config"]["calibration_batches"] = 4
+    assert "measured in separate passes, in an earlier run." in words_of(width_run)
+    assert "costs nothing" not in words_of(width_run)
+
+
 def test_where_no_layer_was_slimmed_there_is_no_section(run: dict):
     assert widths(RunRecord.from_dict(run)) == ""
