@@ -148,6 +148,8 @@ def measure_importance(
         last layer alone are compared.
     """
     parameters, device = meter.parameters(), next(model.parameters()).device
+    if not parameters:  # only word embeddings are narrowed, by their own values
+        return
     is_whole = importance_from == "all_exits"
     with _evaluating(model), _balanced(model, is_whole), torch.enable_grad():
         for batch in batches:

@@ -203,7 +203,14 @@ def prepare(model: nn.Module, config: WidthSlimmingConfig) -> WidthSlimmingHandl
     """
     plan = plan_widths(model, config)
     criterion = "group_taylor" if config.criterion == "group_taylor" else "taylor"
-    meter = ImportanceMeter(model, criterion, hidden=plan.final.hidden is not None)
+    competes = plan.is_joint and config.ranking == "global"  # then each may lose where the average does not
+    meter = ImportanceMeter(
+        model,
+        criterion,
+        heads=competes or plan.final.heads_L != plan.dense.heads_L,
+        neurons=competes or plan.final.neurons_L != plan.dense.neurons_L,
+        hidden=plan.final.hidden is not None,
+    )
     if config.criterion != "l0":
         check_trainable(model, meter)
     gates = WidthGates.install(

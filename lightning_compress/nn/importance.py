@@ -121,6 +121,8 @@ class ImportanceMeter:
     Args:
         model: A transformers model.
         criterion: ``"taylor"`` or ``"group_taylor"``.
+        heads: Whether heads are scored; otherwise their sums stay 0, and their weights may be frozen.
+        neurons: The same of neurons.
         hidden: Whether hidden dimensions are scored too: by all columns that read and rows that write them.
 
     Paper: COST-EFF, specification §3.2 and §6-B.
@@ -128,9 +130,18 @@ class ImportanceMeter:
     pass, where weights rest, that is the official ``|W * sum |g||``.
     """
 
-    def __init__(self, model: nn.Module, criterion: Criterion = "taylor", *, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion = "taylor",
+        *,
+        heads: bool = True,
+        neurons: bool = True,
+        hidden: bool = False,
+    ) -> None:
         anatomy = describe(model)
         self.model, self.criterion = model, criterion
+        self._reads_heads, self._reads_neurons = heads, neurons
         self._slots = [{slot.role: slot.path for slot in layer.linears} for layer in anatomy.layers]
         self._sizes = [(layer.num_key_value_heads, layer.intermediate_size) for layer in anatomy.layers]
         self._hidden_size = anatomy.hidden_size if hidden else 0
@@ -193,14 +204,17 @@ class ImportanceMeter:
     @torch.no_grad()
     def _sum(self, gradient_of: Gradient) -> None:
         for index, (slots, scores) in enumerate(zip(self._slots, self.layers, strict=True)):
-            heads_G = self._of_inputs(slots["attention_output"], len(scores.heads_G), gradient_of)
-            neurons_F = self._of_inputs(slots["ffn_out"], len(scores.neurons_F), gradient_of)
-            if self.criterion == "taylor":
-                inner = [slots[role] for role in ("ffn_in", "ffn_gate") if role in slots]
-                neurons_F = sum((self._of_outputs(path, gradient_of) for path in inner), start=neurons_F)
-            self.layers[index] = LayerScores(
-                _added(scores.heads_G, heads_G), _added(scores.neurons_F, neurons_F)
-            )
+            heads_G, neurons_F = scores.heads_G, scores.neurons_F
+            if self._reads_heads:
+                new_G = self._of_inputs(slots["attention_output"], len(heads_G), gradient_of)
+                heads_G = _added(heads_G, new_G)
+            if self._reads_neurons:
+                new_F = self._of_inputs(slots["ffn_out"], len(neurons_F), gradient_of)
+                inner = ("ffn_in", "ffn_gate") if self.criterion == "taylor" else ()
+                paths = [slots[role] for role in inner if role in slots]
+                new_F = sum((self._of_outputs(path, gradient_of) for path in paths), start=new_F)
+                neurons_F = _added(neurons_F, new_F)
+            self.layers[index] = LayerScores(heads_G, neurons_F)
             if self.hidden_D is not None:
                 readers = [slots[role] for role in _READERS if role in slots]
                 writers = [slots[role] for role in _WRITERS if role in slots]
@@ -232,9 +246,13 @@ class ImportanceMeter:
 
     def _read(self, slots: Mapping[str, str]) -> Iterable[nn.Parameter]:
         is_whole = self.hidden_D is not None
-        inputs = ("attention_output", "ffn_out", *(_READERS if is_whole else ()))
+        inputs = (
+            *(("attention_output",) if self._reads_heads else ()),
+            *(("ffn_out",) if self._reads_neurons else ()),
+            *(_READERS if is_whole else ()),
+        )
         outputs = (
-            *(("ffn_in", "ffn_gate") if self.criterion == "taylor" else ()),
+            *(("ffn_in", "ffn_gate") if self._reads_neurons and self.criterion == "taylor" else ()),
             *(_WRITERS if is_whole else ()),
         )
         for roles, factor in ((inputs, input_factor), (outputs, output_factor)):

@@ -215,3 +215,29 @@ def test_frozen_weights_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"1 weights that are frozen.*criterion='l0'"):
         prepare(model, WidthSlimmingConfig())
     prepare(model, WidthSlimmingConfig(criterion="l0"))
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize(
+    ("wish", "frozen", "read"),
+    [
+        ({"ffn": 0.5}, "attention", "output.dense"),
+        ({"heads": 2}, "intermediate", "attention.output.dense"),
+        ({"embedding_rank": 12}, "encoder", None),
+    ],
+)
+def test_weights_that_nobody_ranks_may_be_frozen(ranking: Any, wish: Any, frozen: str, read: Any) -> None:
+    model = tiny_bert()
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    handle = slimmed(10, model=model, calibration_batches=2, ranking=ranking, **wish)
+    counts = handle.counts
+    assert sum(counts.heads_L) == (4 if "heads" in wish else 8)
+    assert sum(counts.neurons_L) == (64 if "ffn" in wish else 128)
+    if read is not None:
+        layer = model.bert.encoder.layer[1]
+        layer.get_submodule(read).weight.requires_grad_(False)
+        handle.ledger.revert()
+        with pytest.raises(ValueError, match="weights that are frozen"):
+            prepare(model, WidthSlimmingConfig(**wish))
