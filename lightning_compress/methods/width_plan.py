@@ -7,7 +7,7 @@ Shape legend: G heads (groups of query heads that share key and value) and F neu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class WidthPlan:
     """Neurons are multiples of this."""
     is_joint: bool
     """Whether heads and neurons share one budget, if layers compete."""
+    costs_at: Callable[[int | None], WidthCosts]
+    """What heads, neurons and ranks cost at any hidden width, such as one on the way; None is the whole one."""
 
     def choose(
         self,
@@ -170,7 +172,15 @@ def plan_widths(model: nn.Module, wish: WidthSlimmingConfig) -> WidthPlan:
     lost = max(a - b for a, b in zip(dense.heads_L, final.heads_L, strict=True))
     is_joint = wish.target is not None and wish.heads is None and wish.ffn is None
     return WidthPlan(
-        costs, whole.dense, budget, dense, final, wish.steps or lost or _STEPS, multiple, is_joint
+        costs,
+        whole.dense,
+        budget,
+        dense,
+        final,
+        wish.steps or lost or _STEPS,
+        multiple,
+        is_joint,
+        _CostsByHidden(model, wish, {None: whole, hidden: costs}),
     )
 
 
@@ -178,6 +188,24 @@ def _costs(model: nn.Module, wish: WidthSlimmingConfig) -> WidthCosts:
     if wish.target_flops is not None:
         return WidthCosts.in_flops(model, wish.text_length)
     return WidthCosts.in_parameters(model, wish.scope)
+
+
+class _CostsByHidden:
+    """Costs at any hidden width, of the model as it is at first, whatever becomes of its linears."""
+
+    def __init__(
+        self, model: nn.Module, wish: WidthSlimmingConfig, known: Mapping[int | None, WidthCosts]
+    ) -> None:
+        self.wish, self.known = wish, dict(known)
+        self.num_layers = len(self.known[None].layers)
+        is_narrowed = any(hidden is not None for hidden in self.known)
+        self.skeleton = narrowed(model, Widths.full(self.num_layers)) if is_narrowed else model
+
+    def __call__(self, hidden: int | None) -> WidthCosts:
+        """Return what heads, neurons and ranks cost at a hidden width; None is the whole one."""
+        if hidden not in self.known:
+            self.known[hidden] = _costs(_narrow(self.skeleton, self.num_layers, hidden), self.wish)
+        return self.known[hidden]
 
 
 def _narrow(model: nn.Module, num_layers: int, hidden: int | None) -> nn.Module:

@@ -165,13 +165,13 @@ class WidthSlimmingHandle:
 
     def metrics(self) -> dict[str, float]:
         """Shares of heads, neurons and cost that are kept; of separate passes their seconds, and share of all time."""
-        full, counts, costs = self.costs.full, self.counts, self.costs
+        full, counts = self.costs.full, self.counts
         if self.phase == "slimming" and self.gates.multipliers is not None:
             counts = self.expected_counts
         shares = {
             "heads_ratio": sum(counts.heads_L) / sum(full.heads_L),
             "neurons_ratio": sum(counts.neurons_L) / sum(full.neurons_L),
-            "cost_ratio": costs.of(counts) / self.plan.dense_cost,
+            "cost_ratio": self.plan.costs_at(counts.hidden).of(counts) / self.plan.dense_cost,
         }
         if self.config.calibration_batches:
             shares |= {"calibration_seconds": self.clock.seconds, "calibration_share": self.clock.share}

@@ -148,6 +148,20 @@ def test_the_hidden_width_falls_with_the_rest() -> None:
     assert torch.equal(logits(fresh), logits(handle.model))
 
 
+@pytest.mark.parametrize("scope", ["linear", "encoder", "total"])
+def test_the_logged_cost_is_that_of_the_widths_of_the_moment(scope: Any) -> None:
+    handle = prepare(tiny_bert(), WidthSlimmingConfig(hidden=20, heads=2, ffn=16, scope=scope, steps=3))
+    dense = getattr(count_parameters(tiny_bert()), scope)
+    seen = []
+    for done in (0, 1, 2, 3):
+        if done:
+            prune(handle, done)
+        seen.append(handle.counts.hidden)
+        left = getattr(count_parameters(handle.model), scope)
+        assert handle.metrics()["cost_ratio"] == pytest.approx(left / dense, rel=1e-9)
+    assert seen == [32, 28, 24, 20] and handle.metrics()["cost_ratio"] < 0.75
+
+
 def test_the_dense_skeleton_of_a_model_in_training_has_its_dense_size() -> None:
     compressor = Compressor(tiny_bert(), [WidthSlimmingConfig(scope="total", target_params=0.5)])
     compressor.prepare()
