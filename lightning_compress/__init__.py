@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress._version import __version__
 from lightning_compress.compressor import Compressor
-from lightning_compress.deploy import attach_plan, load, plan_of, save_pretrained
+from lightning_compress.deploy import attach_plan, load, plan_of, quantize, save_pretrained
 from lightning_compress.losses import (
+    BlockQuantizationLossMixin,
     BottleneckTokenDroppingLossMixin,
     ContributionTokenDroppingLossMixin,
     DistillationLossMixin,
@@ -21,6 +22,7 @@ from lightning_compress.losses import (
     SoftThresholdRankLossMixin,
     WidthSlimmingLossMixin,
 )
+from lightning_compress.methods.block_quantization import BlockQuantizationConfig
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.distillation import DistillationConfig
@@ -43,6 +45,7 @@ from lightning_compress.runtime.exit_dial import (
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks import (
+        BlockQuantization,
         BottleneckTokenDropping,
         CompressedModelCheckpoint,
         CompressionMixin,
@@ -56,6 +59,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlockQuantization",
+    "BlockQuantizationConfig",
+    "BlockQuantizationLossMixin",
     "BottleneckTokenDropping",
     "BottleneckTokenDroppingConfig",
     "BottleneckTokenDroppingLossMixin",
@@ -89,6 +95,7 @@ __all__ = [
     "load",
     "pack",
     "plan_of",
+    "quantize",
     "save_pretrained",
     "set_exit_threshold",
     "set_threshold_scale",
@@ -99,6 +106,7 @@ __all__ = [
 ]
 
 _NEED_LIGHTNING = (
+    "BlockQuantization",
     "BottleneckTokenDropping",
     "CompressedModelCheckpoint",
     "CompressionMixin",

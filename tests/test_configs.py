@@ -12,6 +12,7 @@ from lightning_compress import load, plan_of
 from lightning_compress.cli import main
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_parameters
+from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.runtime import packed_encoder
 from tests.tiny_pretrained import save_tiny_encoder
 from tests.tiny_texts import save_tiny_reviews
@@ -53,7 +54,13 @@ def is_narrow_and_has_exits(model: nn.Module) -> bool:
     )
 
 
+def multiplies_integers(model: nn.Module) -> bool:
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return len(linears) == 12 and all(linear.weight_format.bits == 8 for linear in linears)
+
+
 IS_COMPRESSED = {
+    "block_quantization": multiplies_integers,
     "bottleneck_token_dropping": has_a_policy_that_drops_tokens,
     "contribution_token_dropping": has_a_policy_that_drops_tokens,
     "cost_eff": is_narrow_and_has_exits,

@@ -14,6 +14,7 @@ from tests.tiny_texts import save_tiny_reviews
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 SAID = {
+    "block_quantization": "bytes of weights on disk",
     "bottleneck_token_dropping": "of the tokens kept",
     "contribution_token_dropping": "of the tokens kept",
     "distillation": "linear weights",

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_compress import methods
+from lightning_compress.nn.quantized_attention import IMPLEMENTATION
 from lightning_compress.plan import CompressionPlan, PlanError
 
 __all__ = [
@@ -93,8 +94,11 @@ def build_skeleton(
     model: PreTrainedModel, plan: CompressionPlan | None, root: Root = "model"
 ) -> PreTrainedModel:
     """Build the model's class anew on the meta device, compressed by ``plan`` or dense without one."""
+    config = copy.deepcopy(model.config)
+    if config._attn_implementation == IMPLEMENTATION:  # which no file tells: the plan does
+        config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
+        skeleton = type(model)(config)
         if plan is not None:
             restore_structure(skeleton, plan, root)
     return skeleton

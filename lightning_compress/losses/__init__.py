@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_compress.losses import (
+    block_quantization,
     bottleneck_token_dropping,
     contribution_token_dropping,
     distillation,
@@ -16,6 +17,7 @@ from lightning_compress.losses import (
     width_slimming,
 )
 from lightning_compress.losses.base import LossMixin
+from lightning_compress.losses.block_quantization import BlockQuantizationLossMixin
 from lightning_compress.losses.bottleneck_token_dropping import BottleneckTokenDroppingLossMixin
 from lightning_compress.losses.contribution_token_dropping import ContributionTokenDroppingLossMixin
 from lightning_compress.losses.distillation import DistillationLossMixin
@@ -27,6 +29,7 @@ from lightning_compress.losses.width_slimming import WidthSlimmingLossMixin
 __all__ = [
     "TASK_TERMS",
     "TERMS",
+    "BlockQuantizationLossMixin",
     "BottleneckTokenDroppingLossMixin",
     "ContributionTokenDroppingLossMixin",
     "DistillationLossMixin",
@@ -43,6 +46,7 @@ TERMS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "contribution_token_dropping": contribution_token_dropping.terms,
     "bottleneck_token_dropping": bottleneck_token_dropping.terms,
     "multi_exit": multi_exit.terms,
+    "block_quantization": block_quantization.terms,
     "distillation": distillation.terms,
 }
 """The terms of each method, as functions of its handle."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_compress.methods import (
+    block_quantization,
     bottleneck_token_dropping,
     contribution_token_dropping,
     distillation,
@@ -45,6 +46,7 @@ METHODS: dict[str, MethodModule] = {
     "contribution_token_dropping": contribution_token_dropping,  # type: ignore[dict-item]
     "bottleneck_token_dropping": bottleneck_token_dropping,  # type: ignore[dict-item]
     "multi_exit": multi_exit,  # type: ignore[dict-item]
+    "block_quantization": block_quantization,  # type: ignore[dict-item]
     "distillation": distillation,  # type: ignore[dict-item]
 }
 

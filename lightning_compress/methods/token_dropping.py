@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lightning_compress.methods.base import check
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.rounded_attention import TRAINING_IMPLEMENTATION
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.plan import PlanError
 from lightning_compress.runtime import PackedEncoder
@@ -32,7 +33,7 @@ __all__ = [
     "whole_numbers",
 ]
 
-_ATTENTION = ("sdpa", "eager")
+_ATTENTION = ("sdpa", "eager", TRAINING_IMPLEMENTATION)
 
 
 def check_shared_settings(config: Any) -> None:

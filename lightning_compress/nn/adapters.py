@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.nn.surgery import get_module
+from lightning_compress.nn.surgery import Ledger, dense_weight, get_module, unwrap_adapter
 
-__all__ = ["adapter_around", "adapter_factors", "adapter_rank", "check_foldable", "without_adapter"]
+__all__ = [
+    "adapter_around",
+    "adapter_factors",
+    "adapter_rank",
+    "check_foldable",
+    "fold_adapter",
+    "without_adapter",
+]
 
 _INNER = ".base_layer"
 
@@ -77,6 +84,32 @@ def adapter_factors(adapter: Any | None, like: Tensor) -> tuple[Tensor, Tensor]:
         ups.append((adapter.scaling[name] * adapter.lora_B[name].weight).to(like))  # type: ignore[union-attr]
         downs.append(adapter.lora_A[name].weight.to(like))  # type: ignore[union-attr]
     return torch.cat(ups, dim=1), torch.cat(downs, dim=0)
+
+
+@torch.no_grad()
+def fold_adapter(ledger: Ledger, path: str) -> bool:
+    """Put a dense linear in the place of the adapter around it, with what the adapter adds to its weight.
+
+    Args:
+        ledger: Where the change is noted.
+        path: Of the adapter.
+
+    Returns:
+        Whether there was one.
+
+    Example:
+        >>> fold_adapter(Ledger(nn.Sequential(nn.Linear(2, 2))), "0")
+        False
+    """
+    inner = unwrap_adapter(ledger.root, path)
+    if inner == path:
+        return False
+    linear = get_module(ledger.root, inner)
+    weight_OI = dense_weight(linear)
+    extra_OR, extra_RI = adapter_factors(get_module(ledger.root, path), weight_OI)
+    weight_OI += extra_OR @ extra_RI
+    ledger.replace(path, linear)
+    return True
 
 
 def _active(adapter: Any) -> list[str]:

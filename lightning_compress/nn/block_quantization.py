@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.nn.adapters import check_foldable
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.operator_formats import OperatorFormats
@@ -86,10 +87,15 @@ class QuantizationGates:
             is_trained: Whether training is to see the rounding; otherwise places are only looked for.
 
         Raises:
-            ValueError: If something cannot be quantised, or there is nothing to quantise.
+            ValueError: If something cannot be quantised, or there is nothing to quantise, or there is an adapter around
+                a linear that cannot be folded into it.
         """
         model = ledger.root
         gates = cls(formats, places_in_training(model, formats, exclude))
+        for path in gates.places["linears"]:
+            inner = unwrap_adapter(model, path)
+            if inner != path:
+                check_foldable(inner, get_module(model, path))
         if is_trained:
             ledger.on_revert(cls.remove_from)
             gates._attach(ledger)
@@ -141,7 +147,7 @@ class QuantizationGates:
             attend_in_training(ledger, self.places["attention"], RoundedAttention(attention, ramp))
 
     def _hook(self, model: nn.Module, path: str, gate: QuantizationGate) -> None:
-        get_module(model, unwrap_adapter(model, path)).register_forward_hook(gate)
+        get_module(model, path).register_forward_hook(gate)
         self._gates[path] = gate
 
 

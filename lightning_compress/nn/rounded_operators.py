@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.nn.adapters import adapter_factors
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.fake_quantize import fake_block_matmul, fake_quantize
 from lightning_compress.nn.integer_functional import (
@@ -26,7 +27,7 @@ from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.quantized_parts import QuantizedNorm
 from lightning_compress.nn.rank_budget import LayerSize, layer_cost
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
-from lightning_compress.nn.surgery import dense_weight
+from lightning_compress.nn.surgery import dense_weight, linear_shape
 
 __all__ = [
     "Ramp",
@@ -89,10 +90,11 @@ def rounded_linear(
 ) -> Tensor:
     """Return what a linear layer puts out when its weight and its input ``[..., K]`` are rounded.
 
-    A layer whose rank is being learned is rounded as the two products that it will be, or as one if it will be dense.
+    A layer whose rank is being learned is rounded as the two products that it will be, or as one if it will be dense;
+    an adapter as what it will add to the weights.
 
     Args:
-        module: ``nn.Linear``, ``Conv1D`` or a ``SoftThresholdLinear``.
+        module: ``nn.Linear``, ``Conv1D`` or a ``SoftThresholdLinear``, or a LoRA adapter around one.
         x: Its input.
         ramp: How much of the rounding is seen.
         inputs_K: Indices of the inputs that count; None for all.
@@ -100,9 +102,9 @@ def rounded_linear(
         weight: Format of the weight.
         inputs: Format of the input; None leaves it as it is.
     """
-    matrices = _matrices(module, inputs_K, outputs_N)
-    bias: Any = module.bias
-    bias_N, size = selected(bias, outputs_N), 0 if outputs_N is None else _out_features(module)
+    inner: Any = getattr(module, "base_layer", module)
+    matrices = _matrices(inner, None if inner is module else module, inputs_K, outputs_N)
+    bias_N, size = selected(inner.bias, outputs_N), linear_shape(inner)[1]
     x = x if inputs_K is None else x.index_select(-1, inputs_K)
     for index, matrix in enumerate(matrices):
         is_last = index == len(matrices) - 1
@@ -173,20 +175,22 @@ def scattered(x: Tensor, kept: Tensor | None, size: int) -> Tensor:
     return x if kept is None else x.new_zeros(*x.shape[:-1], size).index_copy(-1, kept, x)
 
 
-def _matrices(module: Any, inputs_K: Tensor | None, outputs_N: Tensor | None) -> list[Tensor]:
+def _matrices(layer: Any, adapter: Any, inputs_K: Tensor | None, outputs_N: Tensor | None) -> list[Tensor]:
     """Return the weights by which a layer multiplies one after the other, once it is converted."""
-    if not isinstance(module, SoftThresholdLinear):
-        return [_sliced(_sliced(dense_weight(module), outputs_N, 0), inputs_K, 1)]
-    u_NR, scaled_RK = module._factors()
-    u_NR, scaled_RK = _sliced(u_NR, outputs_N, 0), _sliced(scaled_RK, inputs_K, 1)
-    size, rank = LayerSize(scaled_RK.shape[1], u_NR.shape[0]), u_NR.shape[1]
-    pays = rank < module.full_rank and layer_cost(size, rank, 1, 1.0) < size.dense
-    return [scaled_RK, u_NR] if module.mode == "pinned" and pays else [u_NR @ scaled_RK]
+    if not isinstance(layer, SoftThresholdLinear):
+        weight_NK = dense_weight(layer)
+        extra_NR, extra_RK = adapter_factors(adapter, weight_NK)
+        weight_NK = weight_NK + extra_NR @ extra_RK if extra_NR.shape[1] else weight_NK
+        return [_sliced(_sliced(weight_NK, outputs_N, 0), inputs_K, 1)]
+    u_NR, scaled_RK = layer._factors()
+    extra_NR, extra_RK = adapter_factors(adapter, u_NR.new_empty(layer.out_features, layer.in_features))
+    u_NR, extra_NR = _sliced(u_NR, outputs_N, 0), _sliced(extra_NR, outputs_N, 0)
+    scaled_RK, extra_RK = _sliced(scaled_RK, inputs_K, 1), _sliced(extra_RK, inputs_K, 1)
+    size, rank = LayerSize(scaled_RK.shape[1], len(u_NR), len(extra_RK)), len(scaled_RK)
+    if layer.mode == "pinned" and rank < layer.full_rank and layer_cost(size, rank, 1, 1.0) < size.dense:
+        return [torch.cat([scaled_RK, extra_RK], dim=0), torch.cat([u_NR, extra_NR], dim=1)]
+    return [u_NR @ scaled_RK + extra_NR @ extra_RK]
 
 
 def _sliced(matrix: Tensor, kept: Tensor | None, dim: int) -> Tensor:
     return matrix if kept is None else matrix.index_select(dim, kept)
-
-
-def _out_features(module: Any) -> int:
-    return len(dense_weight(module)) if not isinstance(module, SoftThresholdLinear) else module.out_features

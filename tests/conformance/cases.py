@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_compress.callbacks import (
+    BlockQuantization,
     BottleneckTokenDropping,
     CompressionCallback,
     ContributionTokenDropping,
@@ -16,6 +17,7 @@ from lightning_compress.callbacks import (
     WidthSlimming,
 )
 from lightning_compress.methods import MethodConfig
+from lightning_compress.methods.block_quantization import BlockQuantizationConfig
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.distillation import DistillationConfig
@@ -31,12 +33,12 @@ class Case:
     """What generic tests need to know of a method."""
 
     identity: MethodConfig
-    """Settings under which nothing is compressed."""
+    """Settings under which nothing is compressed, or, of bits, nothing before the model is converted."""
     compressing: MethodConfig
     """Settings under which the tiny BERT of ``tests.toys`` shrinks."""
     callback: Callable[[], CompressionCallback]
     """Makes the callback with the compressing settings."""
-    shrinks: Literal["parameters", "tokens", "nothing"] = "parameters"
+    shrinks: Literal["parameters", "tokens", "bits", "nothing"] = "parameters"
     """What there is less of afterwards."""
     refuses: tuple[str, ...] = ()
     """Methods that do the same job otherwise, and do not run beside it."""
@@ -72,6 +74,12 @@ CASES: dict[str, Case] = {
         compressing=MultiExitConfig(threshold=0.68, dropout=0.0),
         callback=lambda: MultiExit(threshold=0.68, dropout=0.0),
         shrinks="tokens",
+    ),
+    "block_quantization": Case(
+        identity=BlockQuantizationConfig(),
+        compressing=BlockQuantizationConfig(operators=("all",), start=0.2, ramp_end=0.5),
+        callback=lambda: BlockQuantization(operators="all", start=0.2, ramp_end=0.5),
+        shrinks="bits",
     ),
     "distillation": Case(
         identity=DistillationConfig(),

@@ -1,0 +1,87 @@
+"""Quantise a model that is there: one call, without training and without data.
+
+The same at the end of a run, or trained for, is the callback ``BlockQuantization``; what becomes of the model is in
+:mod:`lightning_compress.methods.block_quantization`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from lightning_compress.compressor import Compressor
+from lightning_compress.deploy.save import attach_plan, plan_of
+from lightning_compress.methods.block_quantization import BlockQuantizationConfig as Config
+from lightning_compress.nn.anatomy import find_transformer
+from lightning_compress.nn.block_format import Factor
+from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.operator_formats import Preset
+from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
+from lightning_compress.nn.width_slimming import WidthGates
+
+__all__ = ["quantize"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TRAINED = (WidthGates, SoftThresholdLinear, DroppingEncoder)
+
+
+def quantize(
+    model: Model,
+    preset: Preset = Config.preset,
+    *,
+    block: Literal["row"] | Sequence[int] = Config.block,
+    factor: Factor = Config.factor,
+    operators: Sequence[str] | str = Config.operators,
+    exclude: Sequence[str] = Config.exclude,
+    bits: Mapping[str, int] | Sequence[str] = Config.bits,
+) -> Model:
+    """Hold the weights of a model in blocks of few bits, and let it multiply integers; in place.
+
+    Nothing is trained and no data is needed: factors of activations are found anew for every input. The model may have
+    been compressed before, by any other method of this library; its plan, which ``save_pretrained`` writes, tells it.
+
+    Args:
+        model: A transformers model of a known family, or any module that holds one. LoRA adapters around its linears
+            are folded in.
+        preset: Bits of weights and activations: ``"w8a8"``, ``"w4a8"``, ``"w4a4"``, or ``"w8"``, weights alone.
+        block: Rows and columns that share a factor, ``"row"`` for a factor per row; 0 stands for all there are.
+        factor: ``"scale"``, any real number, or ``"shift"``, a power of two.
+        operators: What is quantised, of ``"linear"``, ``"embedding"``, ``"attention"``, ``"softmax"``,
+            ``"activation"``, ``"norm"``; or ``"all"``.
+        exclude: Shell patterns over module paths: what stays as it is.
+        bits: Bits that differ from the preset's, of ``weight``, ``input``, ``embedding`` or ``attention``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: If a setting is out of its range, the model is quantised already, is in training form, or something
+            in it cannot be quantised. It is as it was then, unless weights are not finite.
+
+    Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), "without retraining"; BCT-style, our own design.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...                     intermediate_size=16)
+        >>> model = quantize(BertModel(config), "w4a8", block=(1, 4))
+        >>> type(model.encoder.layer[0].intermediate.dense).__name__
+        'QuantizedLinear'
+    """
+    words: Any = {"block": block, "operators": operators, "exclude": exclude, "bits": bits}
+    config = Config(preset=preset, factor=factor, **words)
+    transformer = find_transformer(model)[1]
+    trained = next((type(m).__name__ for m in transformer.modules() if isinstance(m, _TRAINED)), None)
+    if trained is not None:
+        raise ValueError(
+            f"the model is in training form (it has a {trained}): call lightning_compress.convert(module) first, or "
+            "add BlockQuantization to the callbacks of its run"
+        )
+    compressor = Compressor(transformer, [config], plan=plan_of(model))
+    compressor.prepare()
+    attach_plan(model, compressor.convert())
+    compressor.forget_stale()
+    return model

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from lightning_compress import load, pack, plan_of, quantize, save_pretrained
+from lightning_compress.callbacks import MultiExit, SoftThresholdRank, WidthSlimming
+from lightning_compress.nn.quantized_linear import QuantizedLinear
+from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
+
+IDS = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 3]])
+
+
+@torch.no_grad()
+def answer(model: Any) -> Tensor:
+    return model.eval()(IDS).logits
+
+
+def quantised_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def weight_bytes(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
+
+
+def test_one_call_quantises_a_dense_model_which_opens_again(tmp_path: Path) -> None:
+    model = tiny_bert(vocab_size=500)
+    before = answer(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert quantize(model, "w4a8", operators="all") is model
+    assert 0.0 < float((answer(model) - before).abs().max()) < 0.02
+    save_pretrained(model, tmp_path / "small")
+    for again in (
+        load(tmp_path / "small"),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "small"),
+    ):
+        assert torch.equal(answer(again), answer(model)) and quantised_layers(again) == 12
+    assert weight_bytes(tmp_path / "small") < 0.5 * weight_bytes(tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: SoftThresholdRank(target_params=0.5, rank_multiple=4),
+        lambda: WidthSlimming(heads=2, ffn=0.5, embedding_rank=12),
+        lambda: MultiExit(threshold=0.68, dropout=0.0),
+    ],
+    ids=["ranks", "widths", "exits"],
+)
+def test_what_another_method_left_is_quantised_and_saved_with_both_in_its_plan(
+    method: Any, tmp_path: Path
+) -> None:
+    module = ToyModule()
+    callback = method()
+    toy_trainer(callbacks=[callback]).fit(module, toy_loader())
+    save_pretrained(module, tmp_path / "first")
+    for model in (load(tmp_path / "first"), module):
+        before = answer(getattr(model, "model", model))
+        quantize(model)  # type: ignore[type-var]
+        after = answer(getattr(model, "model", model))
+        assert 0.0 < float((after - before).abs().max()) < 0.05
+        plan = plan_of(model)  # type: ignore[arg-type]
+        assert plan is not None and plan.is_converted
+        assert [record.method for record in plan.methods] == [callback.config.stem, "block_quantization"]
+        save_pretrained(model, tmp_path / "second")  # type: ignore[arg-type]
+        assert torch.equal(answer(load(tmp_path / "second")), after)
+
+
+def test_a_packed_model_is_quantised_where_it_is() -> None:
+    model, twin = pack(tiny_bert()), tiny_bert()
+    for each in (model, twin):
+        quantize(each, operators="all", factor="shift")
+    assert torch.allclose(answer(model), answer(twin), atol=1e-5)
+    assert torch.equal(answer(model), answer(pack(twin)))
+
+
+def test_a_model_is_quantised_once() -> None:
+    model = quantize(tiny_bert())
+    with pytest.raises(ValueError, match="compressed before, by block_quantization"):
+        quantize(model, "w4a8")
+
+
+def test_what_is_refused_leaves_the_model_as_it_was() -> None:
+    model = tiny_bert()
+    before, names = answer(model), list(model.state_dict())
+    for settings in (
+        {"exclude": ["*.conv"]},
+        {"block": (1, 8), "bits": {"input": 1}},
+        {"operators": "pooler"},
+    ):
+        with pytest.raises(ValueError, match=r"match nothing|bits=1|operators="):
+            quantize(model, **settings)  # type: ignore[arg-type]
+    assert list(model.state_dict()) == names and torch.equal(answer(model), before) and plan_of(model) is None
+
+
+def test_a_module_in_training_form_is_refused() -> None:
+    module = ToyModule()
+    toy_trainer(callbacks=[SoftThresholdRank(target_params=0.5, rank_multiple=4, convert=False)]).fit(
+        module, toy_loader()
+    )
+    with pytest.raises(ValueError, match="training form \\(it has a SoftThresholdLinear\\)"):
+        quantize(module)
