@@ -18,7 +18,11 @@ from torch import Tensor
 from lightning_compress.ops.fixed_point import align_rows, held_in_floats
 from lightning_compress.ops.integer_gelu import integer_gelu
 from lightning_compress.ops.integer_layernorm import FixedPointAffine, fixed_point_affine, integer_layernorm
-from lightning_compress.ops.integer_softmax import integer_softmax, softmax_factor
+from lightning_compress.ops.integer_softmax import (
+    integer_softmax,
+    integer_softmax_by_row,
+    softmax_factor,
+)
 
 __all__ = [
     "LOGIT_BITS",
@@ -36,16 +40,22 @@ LOGIT_BITS = 31
 """Of logits."""
 
 
-def softmax_of_integers(logits_C: Tensor, seen_C: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def softmax_of_integers(
+    logits_C: Tensor, seen_C: Tensor | None = None, scale: float = 1.0, by_row: bool = False
+) -> Tensor:
     """Return the softmax over the last dimension, as :func:`integer_softmax` computes it.
+
+    In steps of 1/256, rows that spread over hundreds of columns lose most of their digits; ``by_row`` keeps them.
 
     Args:
         logits_C: ``[..., C]``, finite wherever seen.
         seen_C: False for columns that are masked, broadcast over the logits; None sees all.
         scale: By which logits are multiplied before: ``1 / sqrt(head size)``.
+        by_row: Whether rows have a power of two of their own, as in :func:`integer_softmax_by_row`.
 
     Returns:
-        Probabilities ``[..., C]``, multiples of 1/256 in the dtype of the logits. A row of which nothing is seen
+        Probabilities ``[..., C]`` in the dtype of the logits, multiples of 1/256, or of a smaller power of two with
+        ``by_row``. A row of which nothing is seen
         is zeros, and gets no gradient.
 
     Raises:
@@ -60,8 +70,13 @@ def softmax_of_integers(logits_C: Tensor, seen_C: Tensor | None = None, scale: f
         logits_C = logits_C.masked_fill(~seen_C, 0.0)
     value_RC, exponent_R = align_rows(_rows(logits_C), LOGIT_BITS)
     seen_RC = None if seen_C is None else _rows(seen_C)
-    probability_RC = integer_softmax(value_RC, exponent_R, softmax_factor(scale), seen_RC)
-    held_C = (probability_RC.to(logits_C.dtype) / 256).view(logits_C.shape)
+    factor = softmax_factor(scale)
+    if by_row:
+        probability_RC, digits_R = integer_softmax_by_row(value_RC, exponent_R, factor, seen_RC)
+        held_C = _restored(probability_RC, digits_R, logits_C)
+    else:
+        probability_RC = integer_softmax(value_RC, exponent_R, factor, seen_RC)
+        held_C = (probability_RC.to(logits_C.dtype) / 256).view(logits_C.shape)
     if not _wants_gradient(logits_C):
         return held_C
     masked_C = logits_C if seen_C is None else logits_C.masked_fill(~seen_C, torch.finfo(logits_C.dtype).min)

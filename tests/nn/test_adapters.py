@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
     adapter_rank,
     check_foldable,
+    fold_adapter,
     without_adapter,
 )
+from lightning_compress.nn.surgery import Ledger
 
 
 class Lora(nn.Module):
@@ -88,3 +91,22 @@ def test_what_is_no_plain_product_is_refused(parts: dict[str, Any], reason: str)
 
 def test_plain_lora_is_accepted() -> None:
     check_foldable("query.base_layer", Lora(nn.Linear(2, 2), one=1))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_folded_adapter_leaves_the_linear_with_what_it_added(is_transposed: bool) -> None:
+    torch.manual_seed(0)
+    linear: Any = nn.Linear(5, 3)
+    if is_transposed:
+        dense, linear = linear, Conv1D(3, 5)
+        linear.weight.data, linear.bias.data = dense.weight.data.T.clone(), dense.bias.data
+    adapter: Any = Lora(nn.Linear(5, 3), one=2)
+    adapter.base_layer = linear
+    model, x = nn.Sequential(adapter), torch.randn(2, 5)
+    expected = linear(x) + 0.5 * adapter.lora_B["one"](adapter.lora_A["one"](x))
+    ledger = Ledger(model)
+    assert fold_adapter(ledger, "0") and model[0] is linear
+    assert torch.allclose(linear(x), expected, atol=1e-6)
+    assert not fold_adapter(ledger, "0")
+    ledger.revert()
+    assert isinstance(model[0], Lora)

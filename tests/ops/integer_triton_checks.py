@@ -97,9 +97,12 @@ def _differing_probabilities() -> list[str]:
     for shape, (most, factor) in itertools.product(SHAPES, ((2**30 - 1, 5909), (40, 1), (40, 2**17))):
         value, exponent = _rows(shape, most)
         for seen in (None, torch.rand(shape) < 0.4, torch.zeros(shape, dtype=torch.bool)):
-            arguments = (value, exponent, seen, factor)
+            arguments = (value, exponent, seen, factor, most > 40)
             if not _same(triton_kernel.integer_softmax(*arguments), reference.integer_softmax(*arguments)):
                 differing.append(f"{shape}, up to {most}, {factor}, {'un' * (seen is None)}masked")
+            arguments = (value, exponent, seen, factor, most <= 40)
+            if not _same(triton_kernel.integer_softmax(*arguments), reference.integer_softmax(*arguments)):
+                differing.append(f"{shape}, {most}, {factor}, the other way, {'un' * (seen is None)}masked")
     return differing
 
 
@@ -196,7 +199,7 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     from lightning_compress.ops.integer_softmax import triton_kernel as softmax
 
     rows = {"value_ptr": "*i32", "exponent_ptr": "*i32", "out_ptr": "*i32"}
-    masked = {"seen_ptr": "*u8", "weight_ptr": "*i32", "out_ptr": "*u8"}
+    masked = {"seen_ptr": "*u8", "weight_ptr": "*i32", "out_ptr": "*u8", "digits_ptr": "*i32"}
     affine = {"gamma_ptr": "*i16", "beta_ptr": "*i32", "mean": "i64"}
     norms = {"IS_CENTRED": True, "HAS_BETA": True}
 
@@ -217,7 +220,7 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     bytes_in = {"payload_ptr": "*i8", "factor_ptr": "*i8"}
     own = {"IS_SHIFT": True, "COLUMNS": 32}
     return [
-        ("softmax 512", softmax.softmax_kernel, rows | masked, mask),
+        ("softmax 512", softmax.softmax_kernel, rows | masked, mask | {"BY_ROW": True}),
         ("gelu 3072", gelu.gelu_kernel, rows | table, gelu.tile_sizes(3072) | {"LIMIT": 2**19}),
         ("norm 384", norm.layernorm_kernel, rows | affine, row_tiles(384) | norms),
         ("norm 4096", norm.layernorm_kernel, rows | affine, row_tiles(4096) | norms),

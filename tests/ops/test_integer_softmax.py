@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from lightning_compress.ops.integer_softmax import MAX_COLUMNS, integer_softmax, softmax_factor
+from lightning_compress.ops.integer_softmax import (
+    MAX_COLUMNS,
+    integer_softmax,
+    integer_softmax_by_row,
+    softmax_factor,
+)
 
 OPERATOR = torch.ops.lightning_compress.integer_softmax.default
 
@@ -19,18 +24,24 @@ def int32(numbers: list) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def slowly(row: list[int], exponent: int, factor: int, seen: list[bool]) -> list[int]:
+def slowly(
+    row: list[int], exponent: int, factor: int, seen: list[bool], by_row: bool = False
+) -> tuple[list[int], int]:
     """One number after the other, in whole numbers and fractions."""
     weights = [0] * len(row)
     if not any(seen):
-        return weights
+        return weights, -8
     largest = max(x for x, sees in zip(row, seen, strict=True) if sees)
     for i, x in enumerate(row):
         steps = round(Fraction((largest - x) * factor) * Fraction(2) ** (exponent - 15 + 8))
         if seen[i] and steps < 17 * 256:
             weights[i] = round(Fraction(round(2**15 * 2 ** -((steps % 256) / 256)), 2 ** (steps // 256)))
-    inverse = 2**31 // sum(weights)
-    return [min(round(Fraction(weight * inverse, 2**23)), 255) for weight in weights]
+    digits = 46 if by_row else 31
+    shares = [Fraction(weight * (2**digits // sum(weights)), 2**digits) for weight in weights]
+    unit = -8
+    while by_row and max(shares) < Fraction(2) ** (unit + 7):  # the largest is to take 8 bits
+        unit -= 1
+    return [min(round(share / Fraction(2) ** unit), 255) for share in shares], unit
 
 
 def test_a_row_is_what_a_hand_gives():
@@ -81,9 +92,12 @@ def test_it_equals_a_slow_loop(num_columns: int, num_rows: int, scale: float, da
     factor = softmax_factor(scale)
     mask = torch.tensor(seen, dtype=torch.bool).view(num_rows, num_columns)
     arguments = list(zip(rows, exponents, [factor] * num_rows, seen, strict=True))
-    assert integer_softmax(value, exponent, factor, mask).tolist() == [slowly(*row) for row in arguments]
-    everything = [slowly(*row[:3], [True] * num_columns) for row in arguments]
+    assert integer_softmax(value, exponent, factor, mask).tolist() == [slowly(*row)[0] for row in arguments]
+    everything = [slowly(*row[:3], [True] * num_columns)[0] for row in arguments]
     assert integer_softmax(value, exponent, factor).tolist() == everything
+    found, unit = integer_softmax_by_row(value, exponent, factor, mask)
+    expected = [slowly(*row, by_row=True) for row in arguments]
+    assert list(zip(found.tolist(), unit.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 300.0])
@@ -98,6 +112,31 @@ def test_probabilities_are_within_a_step_of_the_exact_ones(spread: float, width:
     assert bool(((found - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 511, 512, 5000])
+def test_by_row_equal_logits_keep_their_digits(width: int):
+    value = torch.zeros(1, width, dtype=torch.int32)
+    found, unit = integer_softmax_by_row(value, int32([0]), 5909)
+    assert found.unique().numel() == 1 and int(found[0, 0]) >= 128
+    assert int(found[0, 0]) * 2.0 ** int(unit) == pytest.approx(1 / width, rel=1 / 255)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 300.0])
+@pytest.mark.parametrize("width", [1, 2, 63, 512, 3000])
+def test_by_row_probabilities_are_within_a_256th_of_the_largest(spread: float, width: int):
+    logits = torch.randn(50, width) * spread
+    value = (logits * 2**15).round().int()
+    rows = integer_softmax_by_row(value, torch.full((50,), -15, dtype=torch.int32), softmax_factor(1.0))
+    found = rows[0] * 2.0 ** rows[1][:, None]
+    exact = (value.double() / 2**15).softmax(-1)
+    largest = exact.amax(1, keepdim=True)
+    # as above; the last digits of weights are 2^-15 of the largest each, and sums of them are up to the width
+    bound = (
+        torch.where(exact > 255 / 256, 1.0, 0.5) * largest / 128
+        + (0.0028 + width * 2.0**-16 * largest) * exact
+    )
+    assert bool(((found - exact).abs() <= bound + 2.0**-15 * largest).all())
+
+
 def test_many_rows_are_computed_in_pieces_and_any_strides_are_fine():
     value = torch.randint(-(2**20), 2**20, (300, 1400), dtype=torch.int32)
     exponent, seen = torch.randint(-22, -16, (300,), dtype=torch.int32), torch.rand(300, 1400) < 0.7
@@ -107,14 +146,22 @@ def test_many_rows_are_computed_in_pieces_and_any_strides_are_fine():
         assert torch.equal(integer_softmax(value[one], exponent[one], 5909, seen[one]), found[one])
     turned = integer_softmax(value.t().contiguous().t(), exponent, 5909, seen.t().contiguous().t())
     assert torch.equal(turned, found) and turned.is_contiguous()
+    by_row = integer_softmax_by_row(value, exponent, 5909, seen)
+    for row in (0, 93, 299):
+        one = slice(row, row + 1)
+        for ours, theirs in zip(
+            integer_softmax_by_row(value[one], exponent[one], 5909, seen[one]), by_row, strict=True
+        ):
+            assert torch.equal(ours, theirs[one])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3, 5)])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_torch_finds_nothing_wrong_with_the_operator(shape: tuple[int, int], is_masked: bool):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_torch_finds_nothing_wrong_with_the_operator(shape: tuple[int, int], is_masked: bool, by_row: bool):
     value = torch.randint(-9, 9, shape, dtype=torch.int32)
     seen = torch.rand(shape) < 0.5 if is_masked else None
-    opcheck(OPERATOR, (value, torch.zeros(shape[0], dtype=torch.int32), seen, 5909))
+    opcheck(OPERATOR, (value, torch.zeros(shape[0], dtype=torch.int32), seen, 5909, by_row))
 
 
 def test_it_compiles_into_one_graph():

@@ -16,7 +16,7 @@ from lightning_compress.ops.block_quantize import block_quantize
 from lightning_compress.ops.integer_blocks import gelu_of_blocks, layernorm_of_blocks, softmax_of_blocks
 from lightning_compress.ops.integer_gelu import FUNCTIONS, integer_gelu
 from lightning_compress.ops.integer_layernorm import fixed_point_affine, integer_layernorm
-from lightning_compress.ops.integer_softmax import integer_softmax, softmax_factor
+from lightning_compress.ops.integer_softmax import integer_softmax, integer_softmax_by_row, softmax_factor
 
 SINGLE = ("integer_softmax", "integer_gelu", "integer_layernorm")
 BLOCKS = ("softmax_of_blocks", "gelu_of_blocks", "layernorm_of_blocks")
@@ -111,6 +111,8 @@ def test_on_a_gpu_the_operators_equal_those_on_the_cpu(shape: tuple[int, int]):
     rows = value.cuda(), exponent.cuda()
     found = [integer_softmax(*rows, softmax_factor(0.125), seen.cuda())]
     expected = [integer_softmax(value, exponent, softmax_factor(0.125), seen)]
+    found += integer_softmax_by_row(*rows, softmax_factor(0.125), seen.cuda())
+    expected += integer_softmax_by_row(value, exponent, softmax_factor(0.125), seen)
     for function in FUNCTIONS:
         found += integer_gelu(*rows, function)
         expected += integer_gelu(value, exponent, function)

@@ -42,7 +42,7 @@ def softmax_of_blocks(
     x_RC = block_dequantize(payload_RC, factor_RQ, 1, columns)
     if seen_RC is not None:
         x_RC = x_RC.masked_fill(~seen_RC, 0.0)
-    return integer_softmax(*align_rows(x_RC, LOGIT_BITS), seen_RC, factor)
+    return integer_softmax(*align_rows(x_RC, LOGIT_BITS), seen_RC, factor, by_row=False)[0]
 
 
 def gelu_of_blocks(payload_RC: Tensor, factor_RQ: Tensor, columns: int, function: str, bits: int) -> _Blocks:

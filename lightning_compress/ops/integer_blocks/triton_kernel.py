@@ -158,7 +158,8 @@ def softmax_blocks_kernel(
         seen_RC = tl.load(seen_ptr + at_RC, mask=inside_RC, other=0) != 0
         x_RC = tl.where(seen_RC, x_RC, 0.0)
     value_RC, exponent_R = align_rows(x_RC, LOGIT_BITS)
-    out_RC = probabilities(value_RC, exponent_R, seen_RC, factor, weight_ptr)
+    result = probabilities(value_RC, exponent_R, seen_RC, factor, weight_ptr, False)
+    out_RC, _ = result
     tl.store(out_ptr + at_RC, out_RC.to(tl.uint8), mask=inside_RC)
 
 

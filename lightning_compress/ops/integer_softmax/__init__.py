@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_compress.ops.fixed_point import check_rows
 from lightning_compress.ops.integer_softmax import reference
 
-__all__ = ["MAX_COLUMNS", "integer_softmax", "softmax_factor"]
+__all__ = ["MAX_COLUMNS", "integer_softmax", "integer_softmax_by_row", "softmax_factor"]
 
 MAX_COLUMNS = 2**16
 """The sum of a row is under 2^31."""
@@ -49,7 +49,7 @@ def integer_softmax(
     """Return the softmax of each row in steps of 1/256, computed in integers.
 
     A probability differs from the exact one by about half a step. Rows need not sum to 256; a row that spreads
-    evenly over more than 510 columns is all zeros.
+    evenly over more than 510 columns is all zeros: :func:`integer_softmax_by_row` is for long rows.
 
     Paper: BCT-style; the papers cover softmax, its formula could not be read: our design [inferred].
 
@@ -73,6 +73,42 @@ def integer_softmax(
         >>> integer_softmax(logits, torch.tensor([0, 0], dtype=torch.int32), softmax_factor(1.0), seen).tolist()
         [[187, 69, 0], [0, 0, 0]]
     """
+    _check(value_RC, exponent_R, factor, seen_RC)
+    operator = torch.ops.lightning_compress.integer_softmax.default
+    return operator(value_RC, exponent_R, seen_RC, factor, False)[0]
+
+
+def integer_softmax_by_row(
+    value_RC: Tensor, exponent_R: Tensor, factor: int, seen_RC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax of each row in steps of a power of two of its own, computed in integers.
+
+    The largest probability of a row takes all 8 bits: rows that spread over many columns keep as many digits as
+    others, and the exponents are factors of ``[R, 1]`` blocks in a product with values.
+
+    Args:
+        value_RC: As in :func:`integer_softmax`.
+        exponent_R: As in :func:`integer_softmax`.
+        factor: As in :func:`integer_softmax`.
+        seen_RC: As in :func:`integer_softmax`.
+
+    Returns:
+        uint8 ``[R, C]``, and by which powers of two to multiply its rows, int32 ``[R]`` from -23 to -8.
+
+    Raises:
+        TypeError: As :func:`integer_softmax`.
+        ValueError: As :func:`integer_softmax`.
+
+    Example:
+        >>> value, exponent = torch.zeros(1, 5, dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+        >>> integer_softmax_by_row(value, exponent, softmax_factor(1.0))  # 205 / 1024 is 0.2002
+        (tensor([[205, 205, 205, 205, 205]], dtype=torch.uint8), tensor([-10], dtype=torch.int32))
+    """
+    _check(value_RC, exponent_R, factor, seen_RC)
+    return torch.ops.lightning_compress.integer_softmax.default(value_RC, exponent_R, seen_RC, factor, True)
+
+
+def _check(value_RC: Tensor, exponent_R: Tensor, factor: int, seen_RC: Tensor | None) -> None:
     check_rows(value_RC, exponent_R)
     if seen_RC is not None:
         if seen_RC.dtype != torch.bool:
@@ -86,12 +122,11 @@ def integer_softmax(
         raise ValueError(f"rows of {value_RC.shape[1]} columns: their sum fits for at most {MAX_COLUMNS}")
     if not 1 <= factor <= 2**17:
         raise ValueError(f"factor={factor} is not in [1, 2^17]: take it from softmax_factor(scale)")
-    return torch.ops.lightning_compress.integer_softmax.default(value_RC, exponent_R, seen_RC, factor)
 
 
 torch.library.define(
     "lightning_compress::integer_softmax",
-    "(Tensor value, Tensor exponent, Tensor? seen, int factor) -> Tensor",
+    "(Tensor value, Tensor exponent, Tensor? seen, int factor, bool by_row) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl(
@@ -100,7 +135,7 @@ torch.library.impl(
 
 
 @cache
-def _cuda_implementation() -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
+def _cuda_implementation() -> Callable[[Tensor, Tensor, Tensor | None, int, bool], tuple[Tensor, Tensor]]:
     if find_spec("triton") is None:  # an extra: `pip install lightning-compress[triton]`
         return reference.integer_softmax
     from lightning_compress.ops.integer_softmax import triton_kernel
@@ -109,10 +144,14 @@ def _cuda_implementation() -> Callable[[Tensor, Tensor, Tensor | None, int], Ten
 
 
 @torch.library.impl("lightning_compress::integer_softmax", "CUDA")
-def _on_cuda(value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
-    return _cuda_implementation()(value_RC, exponent_R, seen_RC, factor)
+def _on_cuda(
+    value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int, by_row: bool
+) -> tuple[Tensor, Tensor]:
+    return _cuda_implementation()(value_RC, exponent_R, seen_RC, factor, by_row)
 
 
 @torch.library.register_fake("lightning_compress::integer_softmax")
-def _fake(value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
-    return value_RC.new_empty(value_RC.shape, dtype=torch.uint8)
+def _fake(
+    value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int, by_row: bool
+) -> tuple[Tensor, Tensor]:
+    return value_RC.new_empty(value_RC.shape, dtype=torch.uint8), exponent_R.new_empty(exponent_R.shape)

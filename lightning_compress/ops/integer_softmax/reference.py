@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.fixed_point import row_pieces, shift_right
+from lightning_compress.ops.fixed_point import bit_length, row_pieces, shift_right
 
-__all__ = ["CELLS", "FAR", "MASKED", "integer_softmax", "powers"]
+__all__ = ["FAR", "FIXED_EXPONENT", "MASKED", "integer_softmax", "powers"]
 
 CELLS = 256
 """Entries of the table of ``2 ** -f`` for f in [0, 1): half a cell is 0.14 % of a weight."""
@@ -22,50 +22,68 @@ CELLS = 256
 FAR = 17 * CELLS
 """Steps at which nothing is left of a weight that has 15 digits after the point."""
 
+FIXED_EXPONENT = -8
+"""Of probabilities, unless rows have their own, which are smaller."""
+
 MASKED = 2**30
 """Of which the negative is under every logit."""
 
 
-def integer_softmax(value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
-    """Turn rows of logits into probabilities in steps of 2^-8. Arguments are not checked.
+def integer_softmax(
+    value_RC: Tensor, exponent_R: Tensor, seen_RC: Tensor | None, factor: int, by_row: bool
+) -> tuple[Tensor, Tensor]:
+    """Turn rows of logits into probabilities of 8 bits. Arguments are not checked.
 
     With ``d`` the distance to the largest logit of the row, ``d * factor * 2 ** (exponent - 15)`` is by which power
     of two a logit is smaller. Rounded to 2^-8, its fraction is looked up and its integer part is a shift; the sum
-    of the row is inverted once, ``floor(2 ** 31 / sum)``.
+    of the row is inverted once.
 
     Args:
         value_RC: int32 of magnitudes under 2^30.
         exponent_R: int32.
         seen_RC: False for what gets no probability; None sees all.
         factor: ``log2(e)`` times the scale of the logits, times 2^15.
+        by_row: Whether each row has an exponent of its own, so that its largest probability takes all 8 bits; otherwise
+            it is -8, and the inverse is ``floor(2 ** 31 / sum)``.
 
     Returns:
-        uint8 ``[R, C]``, to be multiplied by 2^-8; 1 is 255.
+        uint8 ``[R, C]`` and their exponents int32 ``[R]``; 1 is 255 times 2^-8.
 
     Example:
-        >>> logits, exponent = torch.tensor([[0, -1, -1]]), torch.tensor([0], dtype=torch.int32)
-        >>> integer_softmax(logits.int(), exponent, None, 2**15).tolist()  # powers of two: 1/2, 1/4, 1/4
+        >>> logits, exponent = torch.tensor([[0, -1, -1]]).int(), torch.tensor([0]).int()
+        >>> integer_softmax(logits, exponent, None, 2**15, False)[0].tolist()  # powers of two: 1/2, 1/4, 1/4
         [[128, 64, 64]]
     """
     probability_RC = torch.empty(value_RC.shape, dtype=torch.uint8, device=value_RC.device)
+    digits_R = torch.full_like(exponent_R, FIXED_EXPONENT)
     if value_RC.shape[1]:
         for piece in row_pieces(value_RC):
             seen = None if seen_RC is None else seen_RC[piece].int()
-            probability_RC[piece] = _normalise(value_RC[piece], exponent_R[piece, None], seen, factor)
-    return probability_RC
+            weight = _weights(value_RC[piece], exponent_R[piece, None], seen, factor)
+            probability_RC[piece], digits_R[piece] = _shares(weight, by_row)
+    return probability_RC, digits_R
 
 
-def _normalise(value_RC: Tensor, exponent_R1: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
+def _weights(value_RC: Tensor, exponent_R1: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
+    """Powers of two with 15 digits after the point, int64; the largest of a row is 1, if any is seen."""
     if seen_RC is not None:  # a 0 or 1: choosing by bool takes far longer
         value_RC = value_RC * seen_RC + (seen_RC - 1) * MASKED
     distance_RC = value_RC.amax(1, keepdim=True) - value_RC  # [0, 2^31)
     step_RC = _steps(distance_RC, exponent_R1, factor)
     weight_RC = powers(value_RC.device).index_select(0, step_RC.reshape(-1)).view(value_RC.shape)
-    if seen_RC is not None:
-        weight_RC = weight_RC * seen_RC
-    sum_R1 = weight_RC.sum(1, keepdim=True)
-    inverse_R1 = 2**31 // sum_R1.clamp(min=1)  # of an empty sum: multiplied by zeros
-    return shift_right(weight_RC * inverse_R1, 23).clamp(max=255).to(torch.uint8)
+    return weight_RC if seen_RC is None else weight_RC * seen_RC
+
+
+def _shares(weight_RC: Tensor, by_row: bool) -> tuple[Tensor, Tensor | int]:
+    """Weights over their sum, and the exponents."""
+    sum_R1 = weight_RC.sum(1, keepdim=True).clamp(min=2**15)  # less is nothing: multiplied by zeros
+    if by_row:
+        inverse_R1 = 2**46 // sum_R1  # [2^15, 2^31], of a largest weight of 2^15
+        shift_R1 = (bit_length(inverse_R1) + 7).clamp(max=46 + FIXED_EXPONENT)
+        exponent_R = (shift_R1[:, 0] - 46).int()
+    else:
+        inverse_R1, shift_R1, exponent_R = 2**31 // sum_R1, 31 + FIXED_EXPONENT, FIXED_EXPONENT
+    return shift_right(weight_RC * inverse_R1, shift_R1).clamp(max=255).to(torch.uint8), exponent_R
 
 
 def _steps(distance_RC: Tensor, exponent_R1: Tensor, factor: int) -> Tensor:
