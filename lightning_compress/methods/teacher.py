@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from lightning_compress.nn.block_quantization import QuantizationGates
 from lightning_compress.nn.dropping import DroppingEncoder
 from lightning_compress.nn.exit_router import ExitRouter
 from lightning_compress.nn.few_bits import dense_state_dict, quantize_linears
@@ -181,7 +182,8 @@ def snapshot(student: nn.Module) -> nn.Module:
 
 
 def _at_rest(model: nn.Module) -> nn.Module:
-    """Let a model answer with all of its layers, unobserved; in place."""
+    """Let a model answer with all of its layers, unobserved and unrounded; in place."""
+    QuantizationGates.remove_from(model)
     for follower in (LayerTaps.on(model), ExitRouter.on(model)):
         if follower is not None:
             follower.detach()

@@ -17,6 +17,7 @@ from lightning_compress.methods.block_quantization import (
     update,
 )
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.methods.teacher import snapshot
 from lightning_compress.methods.width_slimming import WidthSlimmingConfig
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.operator_formats import OPERATORS
@@ -183,6 +184,14 @@ def test_what_is_excluded_stays_so_when_its_rank_is_learned() -> None:
     }
     assert not any(name.startswith(QUERY) for name in held) and len(held) >= 11 + 2
     assert "bert.embeddings.token_type_embeddings" not in held
+
+
+def test_a_model_that_becomes_its_own_teacher_teaches_without_rounding() -> None:
+    handle = prepared(operators=("all",), start=0.0, ramp_end=0.0)
+    update(handle, 0.0)
+    teacher = snapshot(handle.model)
+    assert torch.allclose(answer(teacher), answer(tiny_bert()), atol=1e-6)
+    assert not torch.allclose(answer(handle.model), answer(teacher), atol=1e-6)
 
 
 def test_what_cannot_be_quantised_is_refused_before_training() -> None:
