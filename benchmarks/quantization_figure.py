@@ -56,6 +56,6 @@ def draw_sensitivity(rows: Sequence[dict[str, Any]], operators: Sequence[str], o
     panels[0].invert_yaxis()
     panels[-1].legend(fontsize=7, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": output.stem, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "sensitivity", "svg.fonttype": "none"}):
         figure.savefig(output, metadata={"Date": None})
     return output
