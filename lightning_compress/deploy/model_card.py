@@ -23,6 +23,7 @@ from lightning_compress.deploy.dropping_card import (
     drops_tokens,
     flops_of_text,
 )
+from lightning_compress.deploy.quantization_card import describe_quantization
 from lightning_compress.deploy.skeleton import build_skeleton
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.flops import count_flops, count_parameters
@@ -225,6 +226,7 @@ def _structure_as_json(model: PreTrainedModel, structure: Mapping[str, Any]) -> 
 _STRUCTURES: dict[str, Callable[[PreTrainedModel, Mapping[str, Any]], str]] = {
     "soft_threshold_rank": _rank_table,
     "multi_exit": exit_card.describe_exits,
+    "block_quantization": describe_quantization,
     **{
         method: partial(describe_dropping, method=method)
         for method in ("contribution_token_dropping", "bottleneck_token_dropping")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from lightning_compress import load, plan_of, save_pretrained
 from lightning_compress.callbacks import (
@@ -166,6 +167,24 @@ def test_what_is_left_to_learn_is_fine_tuned_after_conversion() -> None:
     toy_trainer(max_steps=4).fit(module.train(), toy_loader())
     assert not torch.equal(module.model.bert.encoder.layer[0].output.dense.bias, bias)
     assert quantised(module) == 12 and not torch.equal(answer(module), before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch's own, as it traces
+def test_a_compiled_run_does_not_depend_on_the_strength() -> None:
+    answers = []
+    for is_compiled in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        module = ToyModule(num_hidden_layers=1)
+        if is_compiled:
+            module.model.compile(backend="eager")  # type: ignore[union-attr]
+        answers.append(answer(fitted(BlockQuantization(**TRAINED, operators="linear"), module=module)))
+    assert dict(counters["graph_break"]) == {} and counters["stats"]["unique_graphs"] <= 8
+    assert torch.allclose(*answers, atol=1e-5)
+    torch.compiler.reset()
 
 
 @ignore_warnings_of_processes
