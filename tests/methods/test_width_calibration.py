@@ -84,7 +84,7 @@ def test_the_final_exit_alone_has_a_say_where_asked(criterion: Any) -> None:
 def taught(teacher: nn.Module, **settings: Any) -> Compressor:
     """A model with two exits, its teacher, and importance read off the official loss."""
     configs = [
-        WidthSlimmingConfig(heads=2, calibration_batches=2, importance_loss="official", **settings),
+        WidthSlimmingConfig(heads=2, ffn=0.5, calibration_batches=2, importance_loss="official", **settings),
         MultiExitConfig(dropout=0.0),
         DistillationConfig(teacher="module"),
     ]
