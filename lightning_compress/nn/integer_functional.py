@@ -67,7 +67,7 @@ def softmax_of_integers(
     """
     if seen_C is not None:
         seen_C = seen_C.expand_as(logits_C)
-        logits_C = logits_C.masked_fill(~seen_C, 0.0)
+        logits_C = torch.where(seen_C, logits_C, 0.0)
     value_RC, exponent_R = align_rows(_rows(logits_C), LOGIT_BITS)
     seen_RC = None if seen_C is None else _rows(seen_C)
     factor = softmax_factor(scale)

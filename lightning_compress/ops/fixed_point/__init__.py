@@ -86,16 +86,19 @@ def held_in_floats(value_RC: Tensor, exponent_R: Tensor) -> Tensor:
     return value_RC.float() * power_of_two(exponent_R)[:, None]
 
 
-def power_of_two(exponent_R: Tensor) -> Tensor:
-    """Return ``2 ** exponent`` in fp32, written into the bits: exact on every device.
+def power_of_two(exponent_R: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``2 ** exponent``, written into the bits: exact on every device.
 
     Args:
-        exponent_R: Integers in [-126, 127].
+        exponent_R: Integers in [-126, 127], or [-1022, 1023] for fp64.
+        dtype: fp32 or fp64.
 
     Example:
         >>> power_of_two(torch.tensor([-2, 0, 5])).tolist()
         [0.25, 1.0, 32.0]
     """
+    if dtype == torch.float64:
+        return ((exponent_R.to(torch.int64) + 1023) << 52).view(torch.float64)
     return ((exponent_R.to(torch.int32) + 127) << 23).view(torch.float32)
 
 

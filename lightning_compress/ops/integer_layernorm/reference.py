@@ -1,7 +1,8 @@
 """What ``integer_layernorm`` means, in integers; also how it runs wherever there is no kernel.
 
-The exponent of a row cancels, except against ``eps``. The next chapter is
-:mod:`lightning_compress.ops.integer_layernorm.triton_kernel`.
+The exponent of a row cancels, except against ``eps``. Whole numbers of columns are in fp64 where they have more than
+31 bits: it holds them exactly up to 2^53, and products and shifts of such numbers are exact, and faster than in int64.
+The next chapter is :mod:`lightning_compress.ops.integer_layernorm.triton_kernel`.
 
 Shape legend: R rows, C columns.
 """
@@ -14,7 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.fixed_point import bit_length, integer_sqrt, row_pieces, shift_right
+from lightning_compress.ops.fixed_point import (
+    bit_length,
+    integer_sqrt,
+    power_of_two,
+    row_pieces,
+    shift_right,
+)
 
 __all__ = ["FRACTION", "Numbers", "integer_layernorm", "numbers"]
 
@@ -88,25 +95,28 @@ def integer_layernorm(
     """
     constants = numbers(max(value_RC.shape[1], 1), eps)
     result_RC = torch.empty_like(value_RC, memory_format=torch.contiguous_format)
-    gamma_C = gamma_C.long()
+    gamma_C = gamma_C.double() * 2.0**-shift
     for piece in row_pieces(value_RC):
         normal_RC = _normalise(value_RC[piece], exponent_R[piece], constants, is_centred)
-        scaled_RC = shift_right(normal_RC * gamma_C, shift).int()
+        scaled_RC = (normal_RC * gamma_C).round_().int()  # products are under 2^40 units
         result_RC[piece] = scaled_RC if beta_C is None else scaled_RC + beta_C
     return result_RC, torch.full_like(exponent_R, exponent)
 
 
 def _normalise(value_RC: Tensor, exponent_R: Tensor, constants: Numbers, is_centred: bool) -> Tensor:
-    """Return normalised numbers with FRACTION digits after the point, int64."""
-    rest_RC = value_RC.long() << GUARD
+    """Return normalised numbers with FRACTION digits after the point."""
+    rest_RC = value_RC << GUARD
     if is_centred:
-        rest_RC = rest_RC - shift_right(value_RC.sum(1, keepdim=True) * constants.mean, 46 - GUARD)
-    inverse_R, places_R = _inverse_deviation((rest_RC * rest_RC).sum(1), exponent_R, constants)
-    return shift_right(rest_RC * inverse_R[:, None], places_R[:, None])
+        mean_R1 = shift_right(value_RC.sum(1, keepdim=True) * constants.mean, 46 - GUARD)
+        rest_RC = rest_RC - mean_R1.int()
+    long_RC = rest_RC.long()
+    inverse_R, places_R = _inverse_deviation((long_RC * long_RC).sum(1), exponent_R, constants)
+    unit_R1 = (inverse_R * power_of_two(-places_R, torch.float64))[:, None]
+    return (rest_RC.double() * unit_R1).round_()  # under 2^23 times at most 2^30, in units
 
 
 def _inverse_deviation(squares_R: Tensor, exponent_R: Tensor, constants: Numbers) -> tuple[Tensor, Tensor]:
-    """Return ``1 / sqrt(squares / C + eps)`` as 31 digits, and how many places of a product with it are to go."""
+    """Return ``1 / sqrt(squares / C + eps)`` as up to 30 digits, and how many places of a product with it are to go."""
     left_R = constants.eps_exponent + 2 * GUARD - 2 * exponent_R.long()  # eps in units of the squares
     halves_R = (left_R - 35).clamp(min=0) >> 1  # eps would not fit: drop pairs of digits everywhere
     left_R = left_R - 2 * halves_R

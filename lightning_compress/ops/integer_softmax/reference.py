@@ -1,6 +1,8 @@
 """What ``integer_softmax`` means, in integers; also how it runs wherever there is no kernel.
 
-The next chapter is :mod:`lightning_compress.ops.integer_softmax.triton_kernel`.
+Whole numbers of more than 31 bits are in fp64, which holds them exactly up to 2^53: products and shifts of such
+numbers are exact, and faster than in int64. The next chapter is
+:mod:`lightning_compress.ops.integer_softmax.triton_kernel`.
 
 Shape legend: R rows, C columns; T steps of 2^-8 down from the largest logit.
 """
@@ -12,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_compress.ops.fixed_point import bit_length, row_pieces, shift_right
+from lightning_compress.ops.fixed_point import bit_length, power_of_two, row_pieces, shift_right
 
 __all__ = ["FAR", "FIXED_EXPONENT", "MASKED", "integer_softmax", "powers"]
 
@@ -65,40 +67,35 @@ def integer_softmax(
 
 
 def _weights(value_RC: Tensor, exponent_R1: Tensor, seen_RC: Tensor | None, factor: int) -> Tensor:
-    """Powers of two with 15 digits after the point, int64; the largest of a row is 1, if any is seen."""
+    """Powers of two with 15 digits after the point; the largest of a row is 1, if any is seen."""
     if seen_RC is not None:  # a 0 or 1: choosing by bool takes far longer
         value_RC = value_RC * seen_RC + (seen_RC - 1) * MASKED
     distance_RC = value_RC.amax(1, keepdim=True) - value_RC  # [0, 2^31)
-    step_RC = _steps(distance_RC, exponent_R1, factor)
+    unit_R1 = factor * power_of_two(exponent_R1 - 7, torch.float64)  # products are under 2^48 such units
+    step_RC = (distance_RC.double() * unit_R1).round_().clamp_(max=FAR).int()
     weight_RC = powers(value_RC.device).index_select(0, step_RC.reshape(-1)).view(value_RC.shape)
-    return weight_RC if seen_RC is None else weight_RC * seen_RC
+    return weight_RC if seen_RC is None else weight_RC * seen_RC.double()
 
 
 def _shares(weight_RC: Tensor, by_row: bool) -> tuple[Tensor, Tensor | int]:
     """Weights over their sum, and the exponents."""
-    sum_R1 = weight_RC.sum(1, keepdim=True).clamp(min=2**15)  # less is nothing: multiplied by zeros
+    sum_R1 = weight_RC.sum(1, keepdim=True).long().clamp(min=2**15)  # less is nothing: multiplied by zeros
     if by_row:
         inverse_R1 = 2**46 // sum_R1  # [2^15, 2^31], of a largest weight of 2^15
-        shift_R1 = (bit_length(inverse_R1) + 7).clamp(max=46 + FIXED_EXPONENT)
-        exponent_R = (shift_R1[:, 0] - 46).int()
+        digits_R1 = (bit_length(inverse_R1) - 39).clamp(max=FIXED_EXPONENT)
+        unit_R1, exponent_R = power_of_two(-46 - digits_R1, torch.float64), digits_R1[:, 0].int()
     else:
-        inverse_R1, shift_R1, exponent_R = 2**31 // sum_R1, 31 + FIXED_EXPONENT, FIXED_EXPONENT
-    return shift_right(weight_RC * inverse_R1, shift_R1).clamp(max=255).to(torch.uint8), exponent_R
-
-
-def _steps(distance_RC: Tensor, exponent_R1: Tensor, factor: int) -> Tensor:
-    """How many steps of 2^-8 each logit is down, int64 and at most FAR."""
-    shift_R1 = 7 - exponent_R1.long()
-    scaled_RC = shift_right(distance_RC.long() * factor, shift_R1.clamp(min=0))  # under 2^48
-    return (scaled_RC << (-shift_R1).clamp(0, 14)).clamp(max=FAR)  # 14: 1 is already farther than FAR
+        inverse_R1, unit_R1, exponent_R = 2**31 // sum_R1, 2.0 ** (-31 - FIXED_EXPONENT), FIXED_EXPONENT
+    share_RC = (weight_RC * (inverse_R1 * unit_R1)).round_().clamp_(max=255)  # products are under 2^47 units
+    return share_RC.to(torch.uint8), exponent_R
 
 
 @lru_cache
 def powers(device: torch.device) -> Tensor:
-    """Return ``2 ** (-t / 256)`` with 15 digits after the point, for t from 0 to FAR; int64.
+    """Return ``2 ** (-t / 256)`` with 15 digits after the point, for t from 0 to FAR: whole numbers in fp64.
 
     One table of 256 entries, shifted: what a look-up and a shift give for every t is itself looked up here.
     """
     step_T = torch.arange(FAR + 1)
     cell_C = (torch.exp2(-torch.arange(CELLS, dtype=torch.float64) / CELLS) * 2**15).round().long()
-    return shift_right(cell_C[step_T % CELLS], step_T // CELLS).to(device)
+    return shift_right(cell_C[step_T % CELLS], step_T // CELLS).double().to(device)
