@@ -9,8 +9,9 @@ The model has MiniLM's shape and random weights unless a folder is named. Texts 
 without padding. Ours are ``w8a8`` and ``w4a8``: quantised without training, with the backend that ``use_backend`` finds
 for the shape; packed, as the family's own code runs them, or exported. Runtimes that are not installed are named and
 left out. Time is that of the processor, on one thread; ratios are formed within a round. Shapes that the results file
-holds for a model are skipped. ``--rivals`` takes those whose names begin so, the two dense ones always;
-``--no-compile`` leaves out what takes a minute for each shape.
+holds for a model are skipped. Of compressed models ``x dense`` is against the dense one in the same runtime and
+numbers, to be held against ``FLOPs``, what a pass needs less. ``--rivals`` takes those whose names begin so, the two
+dense ones always; ``--no-compile`` leaves out what takes a minute for each shape.
 """
 
 from __future__ import annotations
@@ -205,12 +206,20 @@ def measure(
             "x_fp32": round(median_ratio(samples["dense fp32"], seconds), 3),
             "x_bf16": round(median_ratio(samples["dense bf16"], seconds), 3),
             "x_best_eager": round(median_ratio(samples[min(eager, key=eager.__getitem__)], seconds), 3),
+            "x_same": _against_dense(name, list(compressed), samples),
             "logit_error": errors[name],
             "flops_speedup": next((r for key, r in flops.items() if name.startswith(f"{key} ")), None),
             "seconds": [round(s, 5) for s in seconds],
         }
         for name, seconds in samples.items()
     ]
+
+
+def _against_dense(name: str, compressed: list[str], samples: dict[str, list[float]]) -> float | None:
+    """Return how many times faster a compressed model is than the dense one in the same runtime and numbers."""
+    rest = next((name.removeprefix(f"{key} ") for key in compressed if name.startswith(f"{key} ")), None)
+    partner = next((other for other in (f"dense {rest}", rest) if other in samples), None)
+    return None if partner is None else round(median_ratio(samples[partner], samples[name]), 3)
 
 
 def _is_wanted(name: str, args: argparse.Namespace) -> bool:
@@ -245,11 +254,13 @@ def _flops_ratio(dense: nn.Module, model: nn.Module, shape: tuple[int, int]) -> 
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the rivals of one shape, the fastest first."""
     shape = f"{rows[0]['batch_size']} x {rows[0]['length']}"
-    table = Table("rival", "ms", "x fp32", "x bf16", "x best eager", "logits off", "FLOPs", title=shape)
+    columns = ("ms", "x fp32", "x bf16", "x best eager", "logits off", "x dense", "FLOPs")
+    table = Table("rival", *columns, title=shape)
     for row in sorted(rows, key=lambda r: r["median_seconds"]):
         table.add_row(
             row["rival"], f"{1e3 * row['median_seconds']:.1f}", f"{row['x_fp32']:.2f}", f"{row['x_bf16']:.2f}",
-            f"{row['x_best_eager']:.2f}", f"{row['logit_error']:.3f}", str(row["flops_speedup"] or ""),
+            f"{row['x_best_eager']:.2f}", f"{row['logit_error']:.3f}", str(row["x_same"] or ""),
+            str(row["flops_speedup"] or ""),
         )  # fmt: skip
     Console().print(table)
 

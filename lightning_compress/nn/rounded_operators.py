@@ -23,11 +23,12 @@ from lightning_compress.nn.integer_functional import (
     layernorm_of_integers,
     rmsnorm_of_integers,
 )
-from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.quantized_parts import QuantizedNorm
 from lightning_compress.nn.rank_budget import LayerSize, layer_cost
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from lightning_compress.nn.surgery import dense_weight, linear_shape
+from lightning_compress.ops.block_matmul import block_matmul
+from lightning_compress.ops.block_quantize import block_quantize
 
 __all__ = [
     "Ramp",
@@ -121,22 +122,26 @@ def rounded_product(
     inputs: BlockFormat | None,
 ) -> Tensor:
     """Return ``x W^T + b`` with both factors rounded, ``[..., N]``."""
-    if ramp.is_as_deployed:
-        num_outputs, num_inputs = weight_NK.shape
-        layer = QuantizedLinear(num_inputs, num_outputs, weight, inputs, bias=False, device=weight_NK.device)
-        layer.store(weight_NK)
-        layer.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
-        return layer(x)
-    x_MK = x.reshape(-1, x.shape[-1])
+    x_MK, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], len(weight_NK))
+    if inputs is not None and ramp.is_as_deployed:
+        return _integer_product(x_MK, weight_NK, bias_N, weight, inputs).reshape(shape)
     if (
-        ramp.is_full and inputs is not None and weight.factor == "shift"
+        inputs is not None and ramp.is_full and weight.factor == "shift"
     ):  # sums of aligned integers are rounded too
-        y_MN = fake_block_matmul(x_MK, weight_NK, inputs, weight, bias_N)
-        return y_MN.to(x.dtype).reshape(*x.shape[:-1], len(weight_NK))
+        return fake_block_matmul(x_MK, weight_NK, inputs, weight, bias_N).to(x.dtype).reshape(shape)
     held_NK = ramp.blend(weight_NK, fake_quantize(weight_NK, weight))
-    if inputs is not None:
-        x = ramp.blend(x_MK, fake_quantize(x_MK, inputs)).reshape(x.shape)
-    return F.linear(x, held_NK, bias_N)
+    held_MK = x_MK if inputs is None else ramp.blend(x_MK, fake_quantize(x_MK, inputs))
+    return F.linear(held_MK, held_NK, bias_N).reshape(shape)
+
+
+def _integer_product(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, weight: BlockFormat, inputs: BlockFormat
+) -> Tensor:
+    """Return what a ``QuantizedLinear`` would, without making one: compiled graphs cannot."""
+    rows = block_quantize(x_MK, inputs.bits, inputs.block, inputs.factor)
+    matrix = block_quantize(weight_NK, weight.bits, weight.block, weight.factor)
+    bias_N = None if bias_N is None else bias_N.float()
+    return block_matmul(*rows, *matrix, bias_N, inputs.block, weight.block, weight.factor).to(x_MK.dtype)
 
 
 def rounded_norm(module: nn.Module, x: Tensor, output: Tensor, ramp: Ramp, kept_D: Tensor | None) -> Tensor:

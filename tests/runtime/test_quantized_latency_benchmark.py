@@ -58,6 +58,17 @@ def test_other_models_are_exported_and_their_flops_are_told(script, monkeypatch,
     assert 1.1 < ratio < (layer + ffn) / (layer + ffn / 2)
 
 
+def test_compressed_models_are_held_against_the_dense_one_in_the_same_runtime(script):
+    samples = {
+        "dense ort int8": [4.0, 2.0],
+        "packed fp32": [9.0, 9.0],
+        "a ort int8": [1.0, 1.0],
+        "a packed fp32": [3.0, 3.0],
+    }
+    ratios = [script._against_dense(name, ["a"], samples) for name in samples]
+    assert ratios == [None, None, 3.0, 3.0]
+
+
 def test_answers_that_are_not_finite_are_not_timed(script):
     batch = script.texts((1, 4), 40)[0]
     with pytest.raises(ValueError, match="not finite"):
