@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice, check_kinds
+from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults, MethodConfig, check, check_choice
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.token_dropping import (
     check_can_drop,
@@ -97,12 +97,11 @@ class BottleneckTokenDroppingConfig(MethodConfig):
     set to the fastest that stays within. By default it stays as trained."""
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_shared_settings(self)
         check(
             self.target_flops is None or self.target_tokens is None,
             f"target_flops={self.target_flops} and target_tokens={self.target_tokens} are two goals: give one",
         )
-        check_shared_settings(self)
         for name in ("removal_weight", "entropy_weight"):
             value = getattr(self, name)
             check(value is None or value >= 0, f"{name}={value} is negative")
@@ -130,7 +129,7 @@ Config = BottleneckTokenDroppingConfig
 
 
 @dataclass
-class BottleneckTokenDroppingHandle:
+class BottleneckTokenDroppingHandle(HandleDefaults):
     """A model whose encoder learns to drop tokens."""
 
     model: nn.Module
@@ -149,9 +148,6 @@ class BottleneckTokenDroppingHandle:
         """Whether recent passes cost no more than a tenth above the target, after the search if it is to end."""
         return self.goal.is_met and (self.phase == "recovery" or self.config.ramp_end == 1.0)
 
-    def open_resources(self) -> None:
-        """Nothing: no teacher is needed."""
-
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The samplers."""
         lr = self.config.sampler_lr * (1.0 - self.progress)
@@ -160,10 +156,6 @@ class BottleneckTokenDroppingHandle:
     def end_pass(self) -> None:
         """Read what the latest pass cost."""
         self.goal.end_pass()
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """What recent training passes kept, the log odds asked for, and the factor of the weight."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
+from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults, MethodConfig, check
 from lightning_compress.methods.cost_target import CostTarget
 from lightning_compress.methods.saliency_teacher import SaliencyTeacher
 from lightning_compress.methods.teacher import source_of
@@ -112,7 +112,7 @@ class ContributionTokenDroppingConfig(MethodConfig):
     scale of the thresholds is set to the fastest that stays within. By default the scale stays as trained."""
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_shared_settings(self)
         object.__setattr__(self, "teacher", source_of(self.teacher))
         goals = {n: getattr(self, n) for n in ("target_flops", "target_tokens", "length_weight")}
         given = {name: value for name, value in goals.items() if value is not None}
@@ -120,7 +120,6 @@ class ContributionTokenDroppingConfig(MethodConfig):
             len(given) <= 1,
             f"{given} are several goals: give one of target_flops, target_tokens, length_weight",
         )
-        check_shared_settings(self)
         check(
             self.length_weight is None or self.length_weight >= 0,
             f"length_weight={self.length_weight} is negative",
@@ -175,7 +174,7 @@ Config = ContributionTokenDroppingConfig
 
 
 @dataclass
-class ContributionTokenDroppingHandle:
+class ContributionTokenDroppingHandle(HandleDefaults):
     """A model whose encoder learns to drop tokens."""
 
     model: nn.Module
@@ -224,10 +223,6 @@ class ContributionTokenDroppingHandle:
     def end_pass(self) -> None:
         """Read what the latest pass cost."""
         self.goal.end_pass()
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """What recent training passes kept, the mean threshold, and the slope."""

@@ -6,14 +6,14 @@ The next chapters are :mod:`lightning_compress.methods.contribution_token_droppi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_compress.methods.base import check
+from lightning_compress.methods.base import check, check_kinds
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.dropping import DroppingEncoder
 from lightning_compress.nn.rounded_attention import TRAINING_IMPLEMENTATION
@@ -40,8 +40,15 @@ def check_shared_settings(config: Any) -> None:
     """Check the fields that the configurations of both policies have, and make lists tuples.
 
     Raises:
+        TypeError: If a value is of another kind than its field.
         ValueError: If one is out of range.
     """
+    tokens = config.protect_tokens
+    check(
+        not isinstance(tokens, Collection) or all(type(token) is int and token >= 0 for token in tokens),
+        f"protect_tokens={tokens} are no token ids, whole numbers from 0: has the tokenizer such a token?",
+    )
+    check_kinds(config)
     for name in ("target_flops", "target_tokens"):
         value = getattr(config, name)
         is_share = isinstance(value, int | float) and 0.0 < value <= 1.0
@@ -55,12 +62,7 @@ def check_shared_settings(config: Any) -> None:
         f"max_drop={config.max_drop} is outside [0, 1): 0.01 is one point of accuracy",
     )
     object.__setattr__(config, "layers", None if config.layers is None else tuple(config.layers))
-    object.__setattr__(config, "protect_tokens", tuple(config.protect_tokens))
-    check(
-        all(type(token) is int and token >= 0 for token in config.protect_tokens),
-        f"protect_tokens={config.protect_tokens} are no token ids, whole numbers from 0: has the tokenizer such a "
-        "token?",
-    )
+    object.__setattr__(config, "protect_tokens", tuple(tokens))
 
 
 def check_can_drop(model: nn.Module) -> Anatomy:

@@ -83,6 +83,7 @@ def kept(model: nn.Module) -> list[int]:
         ({"penalize": "logits"}, "penalize='logits' is not one of"),
         ({"removal_weight": float("inf")}, "removal_weight=inf is not finite"),
         ({"sampler_lr": float("inf")}, "sampler_lr=inf is not positive and finite"),
+        ({"protect_tokens": (None,)}, r"protect_tokens=\(None,\) are no token ids"),
         ({"protect_tokens": (-1,)}, r"protect_tokens=\(-1,\) are no token ids"),
         ({"sampler_width": 0}, "sampler_width=0 is below 1"),
         ({"sampler_lr": 0.0}, "sampler_lr=0.0 is not positive"),
