@@ -31,6 +31,7 @@ __all__ = [
     "AuxiliaryGroup",
     "Companion",
     "GradientReader",
+    "HandleDefaults",
     "MethodConfig",
     "MethodHandle",
     "MethodModule",
@@ -184,6 +185,29 @@ class MethodHandle(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         ...
+
+
+class HandleDefaults:
+    """Base of handles: of what the compressor may ask, that which many methods have nothing to do for.
+
+    Example:
+        >>> HandleDefaults().auxiliary_groups()
+        []
+    """
+
+    def open_resources(self) -> None:
+        """Nothing: no teacher is needed."""
+
+    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
+        """None: what there is to learn is in the user's optimizer."""
+        return []
+
+    def end_pass(self) -> None:
+        """Nothing: no pass leaves anything to count."""
+
+    def pop_stale_moments(self) -> list[nn.Parameter]:
+        """Nothing: no parameter changes its meaning."""
+        return []
 
 
 @runtime_checkable

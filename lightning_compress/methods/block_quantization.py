@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, MethodHandle, check, check_kinds
+from lightning_compress.methods.base import HandleDefaults, MethodConfig, MethodHandle, check, check_kinds
 from lightning_compress.nn.adapters import fold_adapter
 from lightning_compress.nn.block_format import Factor
 from lightning_compress.nn.block_quantization import QuantizationGates
@@ -90,7 +90,7 @@ Config = BlockQuantizationConfig
 
 
 @dataclass
-class BlockQuantizationHandle:
+class BlockQuantizationHandle(HandleDefaults):
     """A model that is to be quantised, and sees how it will be."""
 
     model: nn.Module
@@ -108,20 +108,6 @@ class BlockQuantizationHandle:
         """Get to know what width gates will leave of the matrices that are rounded."""
         widths: Any = handles.get("width_slimming")
         self.gates.follow(self.model, None if widths is None else widths.gates)
-
-    def open_resources(self) -> None:
-        """Nothing: it needs none."""
-
-    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
-        """None: weights learn with the user's optimizer."""
-        return []
-
-    def end_pass(self) -> None:
-        """Nothing: no pass leaves anything to count."""
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """How much of the rounding training sees, in [0, 1]."""

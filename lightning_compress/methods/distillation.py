@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
+from lightning_compress.methods.base import HandleDefaults, MethodConfig, check, check_kinds
 from lightning_compress.methods.teacher import Teacher, check_same_task, source_of
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.distillation import (
@@ -127,7 +127,7 @@ Phase = Literal["waiting", "hidden", "joint"]
 
 
 @dataclass
-class DistillationHandle:
+class DistillationHandle(HandleDefaults):
     """A model that learns from a teacher."""
 
     model: nn.Module
@@ -203,17 +203,6 @@ class DistillationHandle:
     def open_resources(self) -> None:
         """Load the teacher, if it is another model."""
         self.teacher.open(self.model)
-
-    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
-        """None: it has no parameters of its own."""
-        return []
-
-    def end_pass(self) -> None:
-        """Nothing: no pass leaves anything to count."""
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """The weights of this moment."""

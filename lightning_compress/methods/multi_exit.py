@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_choice, check_kinds
+from lightning_compress.methods.base import HandleDefaults, MethodConfig, check, check_choice, check_kinds
 from lightning_compress.methods.token_dropping import whole_numbers
 from lightning_compress.nn.anatomy import Anatomy, describe
 from lightning_compress.nn.distillation import LogitsRecorder, stop_recording
@@ -110,7 +110,7 @@ Config = MultiExitConfig
 
 
 @dataclass
-class MultiExitHandle:
+class MultiExitHandle(HandleDefaults):
     """A model whose layers learn to answer early."""
 
     model: nn.Module
@@ -159,20 +159,6 @@ class MultiExitHandle:
         last = {p.dim() > 1: p for p in head}
         new = [*self.router.heads.parameters(), *self.router.rule.parameters()]
         return [(p, last.get(p.dim() > 1, head[-1])) for p in new]
-
-    def open_resources(self) -> None:
-        """Nothing: it needs none."""
-
-    def auxiliary_groups(self) -> list[AuxiliaryGroup]:
-        """None: exits learn with the model, from the user's optimizer."""
-        return []
-
-    def end_pass(self) -> None:
-        """Nothing: no pass leaves anything to count."""
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """The factor of the exits' losses."""

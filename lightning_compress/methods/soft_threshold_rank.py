@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, MethodConfig, check, check_kinds
+from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults, MethodConfig, check, check_kinds
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
@@ -132,7 +132,7 @@ Config = SoftThresholdRankConfig
 
 
 @dataclass
-class SoftThresholdRankHandle:
+class SoftThresholdRankHandle(HandleDefaults):
     """A model whose linears are in training form."""
 
     model: nn.Module
@@ -195,9 +195,6 @@ class SoftThresholdRankHandle:
     def is_on_target(self) -> bool:
         """Whether the ranks are pinned within the budget."""
         return self.phase == "recovery" and self.size <= self.budget
-
-    def open_resources(self) -> None:
-        """Nothing: it needs none."""
 
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The thresholds."""

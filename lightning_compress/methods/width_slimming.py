@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup
+from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults
 from lightning_compress.methods.width_batches import BatchRecorder, PassClock
 from lightning_compress.methods.width_calibration import (
     Guide,
@@ -60,7 +60,7 @@ Config = WidthSlimmingConfig
 
 
 @dataclass
-class WidthSlimmingHandle:
+class WidthSlimmingHandle(HandleDefaults):
     """A model whose widths are gated."""
 
     model: nn.Module
@@ -158,10 +158,6 @@ class WidthSlimmingHandle:
         is_asked = self.config.criterion in ("taylor", "group_taylor") and not self.config.calibration_batches
         if is_asked and self.phase != "recovery":
             self.meter.add()
-
-    def pop_stale_moments(self) -> list[nn.Parameter]:
-        """Nothing: no parameter changes its meaning."""
-        return []
 
     def metrics(self) -> dict[str, float]:
         """Shares of heads, neurons and cost that are kept; of separate passes their seconds, and share of all time."""

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from lightning_compress.methods.base import MethodConfig, check_kinds
+from lightning_compress.methods.base import HandleDefaults, MethodConfig, check_kinds
 from lightning_compress.methods.bottleneck_token_dropping import BottleneckTokenDroppingConfig
 from lightning_compress.methods.contribution_token_dropping import ContributionTokenDroppingConfig
 from lightning_compress.methods.distillation import DistillationConfig
@@ -105,3 +107,16 @@ def test_every_number_of_every_method_is_looked_at(config: Any) -> None:
         for value in ("low", True, 1 if "tuple" in hints[name] else [1]):
             with pytest.raises(TypeError, match=f"^{re.escape(f'{name}={value!r} is of type')}"):
                 config(**{name: value})
+
+
+def test_a_handle_that_says_nothing_of_it_owns_no_parameters_and_spoils_no_moments() -> None:
+    handle = HandleDefaults()
+    handle.open_resources()
+    handle.end_pass()
+    assert (handle.auxiliary_groups(), handle.pop_stale_moments()) == ([], [])
+
+
+def test_what_a_handle_returns_by_default_is_a_list_of_its_own() -> None:
+    handle = HandleDefaults()
+    handle.pop_stale_moments().append(nn.Parameter(torch.zeros(1)))
+    assert handle.pop_stale_moments() == []
