@@ -44,8 +44,9 @@ def check_shared_settings(config: Any) -> None:
         ValueError: If one is out of range.
     """
     tokens = config.protect_tokens
+    are_listed = isinstance(tokens, Collection) and not isinstance(tokens, str)
     check(
-        not isinstance(tokens, Collection) or all(type(token) is int and token >= 0 for token in tokens),
+        not are_listed or all(type(token) is int and token >= 0 for token in tokens),
         f"protect_tokens={tokens} are no token ids, whole numbers from 0: has the tokenizer such a token?",
     )
     check_kinds(config)
