@@ -27,21 +27,26 @@ from lightning_compress.nn.fake_quantize import fake_block_matmul, fake_quantize
 from lightning_compress.nn.integer_functional import softmax_of_integers
 from lightning_compress.ops.block_matmul import block_matmul
 from lightning_compress.ops.block_quantize import block_quantize
+from lightning_compress.ops.fixed_point import align_rows, held_in_floats
 
 __all__ = ["IMPLEMENTATION", "BlockAttention", "block_attention_forward"]
 
 IMPLEMENTATION = "lightning_compress_block"
 """Name of this attention in transformers' registry, and in ``config._attn_implementation``."""
 
+WEIGHT_BITS = 9
+"""Of attention weights, with the sign that they do not have."""
+
 
 @dataclass(frozen=True)
 class BlockAttention:
     """How one layer attends: ``P = softmax(Q K^T scale)``, then ``P V``.
 
-    Each head's query, key and value are matrices ``[tokens, E]`` in blocks of their own. P is in steps of 1/256 and at
-    most 255/256, with no factor. A token's value has a factor of its own, so that P V sums products of different
-    exponents: they are summed without rounding (in float64 with shifts, as an integer of 64 bits would; in float32 with
-    scales). So neither padding nor later tokens change a bit of a result, unless one factor is for all tokens.
+    Each head's query, key and value are matrices ``[tokens, E]`` in blocks of their own. A row of P is 8-bit integers
+    without a sign, times a power of two of its own: rows that spread over hundreds of keys keep as many digits as others.
+    A token's value has a factor of its own, so that P V sums products of different exponents: they are summed without
+    rounding (in float64 with shifts, as an integer of 64 bits would; in float32 with scales). So neither padding nor
+    later tokens change a bit of a result, unless one factor is for all tokens.
 
     Raises:
         ValueError: If nothing is quantised, or blocks hold several rows but not all.
@@ -116,14 +121,16 @@ class BlockAttention:
 
     def _weights(self, logits_BHQT: Tensor, seen: Tensor | None, scale: float) -> Tensor:
         if self.softmax:
-            return softmax_of_integers(logits_BHQT, seen, scale)
+            return softmax_of_integers(logits_BHQT, seen, scale, by_row=True)
         if seen is not None:
             logits_BHQT = logits_BHQT.masked_fill(~seen, torch.finfo(logits_BHQT.dtype).min)
         exact_BHQT = (logits_BHQT * scale).softmax(-1)
         if seen is not None:
             exact_BHQT = exact_BHQT.masked_fill(~seen, 0.0)
-        rounded_BHQT = (exact_BHQT.detach() * 256).round().clamp(max=255) / 256
-        return rounded_BHQT + (exact_BHQT - exact_BHQT.detach())  # adds zero, and lets gradients through
+        rounded_RT = held_in_floats(*align_rows(exact_BHQT.detach().flatten(0, -2), WEIGHT_BITS))
+        return rounded_RT.view(exact_BHQT.shape) + (
+            exact_BHQT - exact_BHQT.detach()
+        )  # adds zero; has gradients
 
     def _sum_values(self, weight_BHQT: Tensor, value_BHTE: Tensor) -> Tensor:
         if self.operands is None:
