@@ -145,6 +145,9 @@ def bench_parser() -> ArgumentParser:
     parser.add_argument("--dtypes", type=str, nargs="+", default=["fp32", "bf16"], help="Number formats.")
     parser.add_argument("--rounds", type=int, default=21, help="Timed passes of each model, in turns.")
     parser.add_argument("--threads", type=int | None, default=None, help="Threads inside an operator.")
+    parser.add_argument(
+        "--backend", type=str | None, default=None, help="Engine of quantised linears, such as auto or int8."
+    )
     parser.add_argument("--json", type=str | None, default=None, help="Also write the table to this file.")
     return parser
 
@@ -197,7 +200,9 @@ def _report(args: Namespace) -> None:
 
 def _bench(args: Namespace) -> None:
     shapes = (args.batch_sizes, args.lengths, args.dtypes)
-    run_bench(args.model_dir, args.against, *shapes, args.rounds, args.threads, args.json)
+    run_bench(
+        args.model_dir, args.against, *shapes, args.rounds, args.threads, args.json, backend=args.backend
+    )
 
 
 def _demo(args: Namespace) -> None:

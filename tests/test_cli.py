@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
+from transformers import AutoModelForSequenceClassification
 
-from lightning_compress import load, plan_of, save_pretrained
+from lightning_compress import load, plan_of, quantize, save_pretrained
 from lightning_compress.cli import CompressionCLI, main
 from lightning_compress.deploy.export import EXTRA
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
@@ -228,6 +229,16 @@ def test_bench_and_report_go_on_from_a_run(
     shapes = ["--batch-sizes", "1", "--lengths", "8", "--dtypes", "fp32", "--rounds", "2"]
     main(["bench", str(tmp_path / "model"), "--against", files["encoder"], *shapes, "--json", str(timed)])
     assert json.loads(timed.read_text())["timings"]
+
+
+def test_bench_takes_a_backend_for_quantised_models(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(files["encoder"])
+    save_pretrained(quantize(model), tmp_path / "quantized")
+    words = ["bench", str(tmp_path / "quantized"), "--against", files["encoder"], "--backend", "bf16"]
+    main([*words, "--batch-sizes", "1", "--lengths", "8", "--dtypes", "fp32", "--rounds", "2"])
+    assert "quantized in fp32, backends of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ from lightning_compress.deploy.skeleton import (
     restore_structure,
     tensor_shapes,
 )
+from lightning_compress.methods.block_quantization import BlockQuantizationConfig
 from lightning_compress.plan import CompressionPlan, PlanError
+from lightning_compress.runtime.backends import check_backend, use_backend
 
 __all__ = ["QUANT_METHOD", "CompressionConfig", "CompressionQuantizer", "load", "register"]
 
@@ -166,7 +168,11 @@ def register() -> None:
 
 
 def load(
-    directory: str | Path, *, device: str | torch.device | None = None, **from_pretrained_kwargs: Any
+    directory: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    backend: str | Mapping[str, str] | None = None,
+    **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Open a compressed model with the class it was saved from, in evaluation mode.
 
@@ -174,15 +180,21 @@ def load(
         directory: Folder written by :func:`lightning_compress.save_pretrained` or by the ``save_pretrained``
             of a compressed model.
         device: Where to put the model; the CPU by default.
+        backend: What computes quantised linears there, as :func:`lightning_compress.use_backend` takes it: ``"auto"``
+            measures which is fastest for each shape, and prints it. By default the reference computes them.
         **from_pretrained_kwargs: Passed on to ``from_pretrained``, e.g. ``dtype=torch.bfloat16``.
 
     Raises:
         ValueError: If the folder is not a model, was not compressed by this library, names a class that
-            transformers does not have, or lacks weights.
+            transformers does not have, or lacks weights; if a backend is named that is none or cannot compute a
+            layer, or the model has no quantised linear.
         PlanError: If the plan cannot be used by this release or does not fit the model.
     """
     folder = Path(directory)
     config = _read_config(folder)
+    if backend is not None:
+        check_backend(backend)
+        _check_quantized(config["quantization_config"]["plan"], folder)
     model_class = _model_class(config.get("architectures"), folder)
     from_pretrained_kwargs["use_safetensors"] = True
     loaded: Any = model_class.from_pretrained(
@@ -192,7 +204,19 @@ def load(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[:5]
         raise ValueError(f"{folder} lacks the weights {missing}: save the model again")
-    return model if device is None else model.to(device)
+    model = model if device is None else model.to(device)
+    if backend is not None:
+        use_backend(model, backend)
+    return model
+
+
+def _check_quantized(plan: Mapping[str, Any], folder: Path) -> None:
+    records = (record for record in plan["methods"] if record["method"] == BlockQuantizationConfig.stem)
+    if not any(record["structure"].get("linears") for record in records):
+        raise ValueError(
+            f"{folder} has no quantised linear, and only these have backends: leave backend out, or call "
+            "lightning_compress.quantize(model, ...) first"
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.report.files import write_text_atomically
 from lightning_compress.report.latency_inputs import (
     CLOCKS,
@@ -29,6 +30,7 @@ from lightning_compress.report.latency_inputs import (
     random_batch,
 )
 from lightning_compress.report.latency_table import LatencyTable, Timing
+from lightning_compress.runtime.backends import check_backend, use_backend
 
 __all__ = ["measure_latency", "run_bench"]
 
@@ -49,6 +51,7 @@ def measure_latency(
     clock: str = "wall",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    backend: str | None = None,
 ) -> LatencyTable:
     """Time whole forward passes of several models against each other, interleaved.
 
@@ -69,20 +72,25 @@ def measure_latency(
         clock: `"wall"`, or `"cpu"`: processor time, for a crowded machine; one thread on the CPU only.
         seed: Seed of the token ids; the global generator is not touched.
         progress: Called with (rounds done, rounds in all) after each round.
+        backend: What computes the linears of all models that have quantised ones, as `use_backend` takes it;
+            it is printed. None leaves them to the reference.
 
     Returns:
         The table of paired samples.
 
     Raises:
         TypeError: If a model has no `config` with a vocabulary.
-        ValueError: If a list is empty, a number is not positive, a dtype, clock or baseline is unknown, a
-            length exceeds a model's positions, a folder holds no model, or outputs are not finite.
+        ValueError: If a list is empty, a number is not positive, a dtype, clock, baseline or backend is unknown,
+            a length exceeds a model's positions, a folder holds no model, a backend is asked for and no linear is
+            quantised, or outputs are not finite.
     """
     check_lists(models, batch_sizes, lengths, dtypes)
     check_numbers(
         batch_sizes, lengths, rounds=rounds, warmup=warmup, threads=1 if threads is None else threads
     )
     check_clock(clock, torch.get_num_threads() if threads is None else threads, device)
+    if backend is not None:
+        check_backend(backend)
     held_against = tuple(baselines) if baselines is not None else tuple(models)[:1]
     unknown = [name for name in held_against if name not in models]
     if unknown:
@@ -92,10 +100,17 @@ def measure_latency(
     loaded = {name: load_any(m) if isinstance(m, str | Path) else m for name, m in models.items()}
     for name, model in loaded.items():
         check_lengths(name, model, lengths)
+    fast = [name for name, model in loaded.items() if _is_quantized(model)]
+    if backend is not None and not fast:
+        raise ValueError(
+            f"backend={backend!r}: none of the models {list(models)} has a quantised linear; leave it out"
+        )
     variants = _cast_copies(loaded, dtypes, device)
     timings: list[Timing] = []
     shapes = list(product(batch_sizes, lengths))
     with _threads(threads), torch.inference_mode():
+        if backend is not None:
+            _speed_up({key: model for key, model in variants.items() if key[0] in fast}, backend, shapes)
         for index, (batch_size, length) in enumerate(shapes):
             batch = random_batch(loaded, batch_size, length, seed, device)
             _warm_up(variants, batch, warmup)
@@ -123,6 +138,7 @@ def run_bench(
     *,
     warmup: int = 3,
     clock: str = "wall",
+    backend: str | None = None,
 ) -> LatencyTable:
     """Do what `lightning-compress bench` does: open folders, measure, print, and keep the table.
 
@@ -137,6 +153,7 @@ def run_bench(
         json_path: Where to write the table as JSON; None writes nothing.
         warmup: Untimed passes of each before.
         clock: See `measure_latency`.
+        backend: See `measure_latency`.
 
     Returns:
         The table that was printed.
@@ -161,6 +178,7 @@ def run_bench(
             baselines=list(folders)[1:],
             clock=clock,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            backend=backend,
         )
     if json_path is not None:
         write_text_atomically(json_path, table.to_json())
@@ -175,6 +193,17 @@ def _cast_copies(models: Mapping[str, nn.Module], dtypes: Sequence[str], device:
         for name, model in models.items()
         for dtype in dtypes
     }
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def _speed_up(variants: Variants, backend: str, shapes: Sequence[tuple[int, int]]) -> None:
+    """Let quantised linears be computed by a backend, chosen at the numbers of tokens that will be timed."""
+    tokens = sorted({batch_size * length for batch_size, length in shapes})
+    for (name, dtype), model in variants.items():
+        print(f"{name} in {dtype}, {use_backend(model, backend, batch_tokens=tokens, verbose=False)}")
 
 
 def _warm_up(variants: Variants, batch: dict[str, Tensor], warmup: int) -> None:

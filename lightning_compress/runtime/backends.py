@@ -16,10 +16,10 @@ from lightning_compress.nn.anatomy import UnknownFamilyError, describe, find_tra
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.runtime.engine_timing import BackendReport, Timing, fastest, time_engines
 from lightning_compress.runtime.joined_engine import JoinedEngine, PartEngine
-from lightning_compress.runtime.linear_backends import build_engine, refusal
+from lightning_compress.runtime.linear_backends import BACKENDS, build_engine, refusal
 from lightning_compress.runtime.packing import packed_encoder
 
-__all__ = ["use_backend"]
+__all__ = ["check_backend", "use_backend"]
 
 _MEASURED = ("int8", "bf16", "fp32")
 _SAMPLE = 4
@@ -72,6 +72,7 @@ def use_backend(
         backends of 1 quantised linears: fp32 for 1
         {'0': 'fp32'}
     """
+    check_backend(backend)
     layers = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     if not layers:
         raise ValueError(
@@ -96,6 +97,22 @@ def use_backend(
     if verbose:
         print(report)
     return report
+
+
+def check_backend(backend: str | Mapping[str, str]) -> None:
+    """Refuse names that are none, before a model is there.
+
+    Raises:
+        ValueError: If a name is unknown.
+
+    Example:
+        >>> check_backend("auto")
+    """
+    names = [backend] if isinstance(backend, str) else sorted(set(backend.values()))
+    known = [*BACKENDS, *(["auto", "reference"] if isinstance(backend, str) else [])]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"backend={unknown!r} is not one of {known}")
 
 
 def _named(backend: str | Mapping[str, str], layers: Mapping[str, QuantizedLinear]) -> dict[str, str]:

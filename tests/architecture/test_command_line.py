@@ -9,7 +9,7 @@ import pytest
 from lightning_compress import cli
 
 OPTIONS = {
-    "bench": "--against --batch-sizes --dtypes --json --lengths --rounds --threads MODEL_DIR",
+    "bench": "--against --backend --batch-sizes --dtypes --json --lengths --rounds --threads MODEL_DIR",
     "demo": "--output --seed --steps --target-params",
     "export": "--counts --exit --format --int8 --length --output --quantile --runtime --texts MODEL_DIR",
     "report": "RUN_DIR",

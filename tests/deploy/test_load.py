@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,10 +26,12 @@ from transformers import (
     pipeline,
 )
 
-from lightning_compress.deploy import load, plan_of, save_pretrained
+from lightning_compress.deploy import load, plan_of, quantize, save_pretrained
 from lightning_compress.deploy.load import CompressionConfig, CompressionQuantizer, register
+from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear
 from lightning_compress.plan import PlanError
+from lightning_compress.runtime.backends import use_backend
 
 load_module = importlib.import_module("lightning_compress.deploy.load")  # the package exports the function
 
@@ -367,3 +370,60 @@ def test_a_dense_model_built_from_a_compressed_configuration_carries_no_plan(
 ) -> None:
     dense = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(saved))
     assert plan_of(dense) is None
+
+
+@pytest.fixture
+def quantized(build: dict[str, Callable[[], PreTrainedModel]], tmp_path: Path) -> Path:
+    return save_pretrained(quantize(build["bert"]().eval(), "w8a8"), tmp_path / "quantized")
+
+
+def engines(model: PreTrainedModel) -> list[Any]:
+    return [part.engine for part in model.modules() if isinstance(part, QuantizedLinear)]
+
+
+def test_a_backend_computes_the_quantised_linears_of_what_is_loaded_and_is_told(
+    quantized: Path, logits: Logits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = load(quantized)
+    assert engines(plain) == [None] * 12
+    assert capsys.readouterr().out == ""
+    fast = load(quantized, backend="fp32", device="cpu")
+    assert all(engine is not None for engine in engines(fast))
+    assert capsys.readouterr().out == "backends of 12 quantised linears: fp32 for 12\n"
+    difference = (logits(fast) - logits(plain)).norm()
+    assert 0 < difference < 0.05 * logits(plain).norm(), "inputs are not rounded any more"
+
+
+def test_the_fastest_backend_is_measured_for_each_shape_while_loading(
+    quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all(engine is not None for engine in engines(load(quantized, backend="auto")))
+    printed = capsys.readouterr().out
+    # query, key and value as one; attention output; both of the FFN
+    for shape in ("32 -> 96", "32 -> 32", "32 -> 64", "64 -> 32"):
+        assert re.search(rf"^  {shape}: (int8|bf16|fp32) \(microseconds at", printed, flags=re.MULTILINE)
+
+
+def test_choices_of_an_earlier_time_are_taken_again(quantized: Path) -> None:
+    choices = use_backend(load(quantized), "bf16", verbose=False).choices
+    choices["bert.encoder.layer.0.output.dense"] = "fp32"
+    loaded = load(quantized, backend=choices)
+    assert all(engine is not None for engine in engines(loaded))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "words"),
+    [
+        ("saved", "auto", r"has no quantised linear.*lightning_compress\.quantize"),
+        ("saved", "int5", "'int5' is not one of"),
+        ("quantized", "int5", "'int5' is not one of"),
+        ("quantized", {"a": "auto"}, "'auto' is not one of"),
+    ],
+)
+def test_a_backend_that_cannot_be_is_refused_before_weights_are_read(
+    name: str, backend: Any, words: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=words):
+        load(folder, backend=backend)

@@ -6,8 +6,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_compress.compressor import Compressor
-from lightning_compress.deploy import attach_plan, save_pretrained
+from lightning_compress.deploy import attach_plan, quantize, save_pretrained
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
+from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.report import latency
 from lightning_compress.report.latency import measure_latency, run_bench
 from lightning_compress.report.latency_table import LatencyTable
@@ -115,6 +116,8 @@ def test_outputs_that_are_not_finite_are_refused_before_any_timing(models, monke
         ({"threads": 0}, "threads holds 0"),
         ({"baselines": ["big"]}, r"baselines \['big'\] are not among"),
         ({"clock": "sun"}, "unknown clock"),
+        ({"backend": "int5"}, "'int5' is not one of"),
+        ({"backend": "auto"}, r"none of the models \['dense', 'small'\] has a quantised linear"),
     ],
 )
 def test_impossible_requests_are_refused_by_name(models, settings: dict, message: str):
@@ -141,6 +144,36 @@ def test_bench_opens_a_compressed_folder(tmp_path: Path, models):
     save_pretrained(models["dense"], tmp_path / "half")
     table = run_bench(tmp_path / "half", tmp_path / "dense", [1], [4], rounds=1, warmup=1)
     assert {timing.model for timing in table.timings} == {"half", "dense"}
+
+
+def engines(model) -> list:
+    return [part.engine for part in model.modules() if isinstance(part, QuantizedLinear)]
+
+
+def test_a_backend_computes_the_quantised_linears_of_all_that_have_some(models, monkeypatch, capsys):
+    quantize(models["small"])
+    seen = {}
+    names = {2: "dense", 1: "small"}
+
+    def look(model, *_):
+        seen[names[model.config.num_hidden_layers]] = [engine is not None for engine in engines(model)]
+        return 1.0
+
+    monkeypatch.setattr(latency, "_time_once", look)
+    measure_latency(models, [1, 2], [4], rounds=1, warmup=1, backend="bf16")
+    assert seen == {"dense": [], "small": [True] * 6}
+    assert capsys.readouterr().out == "".join(
+        f"small in {dtype}, backends of 6 quantised linears: bf16 for 6\n" for dtype in ("fp32", "bf16")
+    )
+    assert engines(models["small"]) == [None] * 6
+    measure_latency(models, [1], [4], rounds=1, warmup=1)
+    assert seen["small"] == [False] * 6
+
+
+def test_backends_are_measured_at_the_numbers_of_tokens_that_are_timed(models, capsys):
+    quantize(models["small"])
+    measure_latency(models, [2, 1], [4, 8], ["fp32"], rounds=1, warmup=1, backend="auto")
+    assert "(microseconds at 4/8/16 rows: " in capsys.readouterr().out
 
 
 def test_bench_without_rivals_is_refused(tmp_path: Path):

@@ -12,7 +12,7 @@ from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.surgery import get_module, replace_module
 from lightning_compress.runtime import backends, int8_linear, pack, packed_encoder
-from lightning_compress.runtime.backends import use_backend
+from lightning_compress.runtime.backends import check_backend, use_backend
 from lightning_compress.runtime.int8_linear import has_int8_kernels
 from lightning_compress.runtime.joined_engine import PartEngine
 from tests.runtime.conftest import FAMILIES, ragged
@@ -247,3 +247,11 @@ def test_any_module_with_quantised_linears_will_do():
         expected = model(x)
         assert use_backend(model, "bf16", verbose=False).choices == {"0": "bf16"}
         close(model(x), expected, 0.03)
+
+
+def test_names_are_known_before_there_is_a_model():
+    for known in ("auto", "reference", "nf4", {"a": "bf16", "b": "int8"}):
+        check_backend(known)
+    for unknown in ("int5", {"a": "bf16", "b": "auto"}):
+        with pytest.raises(ValueError, match="is not one of"):
+            check_backend(unknown)
