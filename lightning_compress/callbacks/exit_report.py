@@ -11,15 +11,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_compress.compressor import Compressor
-from lightning_compress.report import ExitPointRecord, ExitsRecord
+from lightning_compress.report import ExitsRecord
 from lightning_compress.runtime import packed_encoder
-from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
+from lightning_compress.runtime.exit_trial import ExitTrial
 from lightning_compress.runtime.trial import is_regression
 
 __all__ = ["ExitMeasurement", "has_exits", "measure_exits"]
-
-_CURVE = 20
-"""Thresholds of the curve, beside the deployed one."""
 
 
 class ExitMeasurement(NamedTuple):
@@ -51,27 +48,7 @@ def measure_exits(
     if encoder is None or encoder.exits is None or not batches:
         return None
     trial = ExitTrial(model, batches, needs_labels=False)
-    deployed, dense_flops, off = trial.deployed(), trial.dense_flops(dense), trial.rule.off
-    record = ExitsRecord(
-        num_texts=len(trial.lengths_B),
-        leaves=deployed.leaves_L,
-        asked=deployed.exits,
-        rule=trial.rule.name,
-        threshold=_told(deployed, off),
-        metric="correlation" if is_regression(model) else "accuracy",
-        curve=tuple(
-            ExitPointRecord(
-                threshold=_told(point, off),
-                score=point.score,
-                flops_ratio=point.flops / dense_flops,
-                mean_depth=point.mean_depth,
-            )
-            for point in trial.curve(_CURVE)
-            if point.score is not None
-        ),
+    dense_flops, metric = trial.dense_flops(dense), "correlation" if is_regression(model) else "accuracy"
+    return ExitMeasurement(
+        ExitsRecord.of(trial, metric, dense_flops), dense_flops, flops=trial.deployed().flops
     )
-    return ExitMeasurement(record, dense_flops, deployed.flops)
-
-
-def _told(point: ExitPoint, off: float) -> float | None:
-    return None if point.threshold == off else point.threshold

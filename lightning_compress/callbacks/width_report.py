@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from lightning_compress.compressor import Compressor
 from lightning_compress.methods.width_batches import PassClock
 from lightning_compress.nn.anatomy import describe
@@ -37,26 +35,15 @@ def measure_widths(compressor: Compressor, clock: PassClock | None = None) -> Wi
     if record is None:
         return None
     model, dense = compressor.model, compressor.dense_skeleton()
-    ours, theirs = describe(model), describe(dense)
+    theirs = describe(dense)
     rank, table = record.structure["embedding_rank"], get_module(dense, theirs.word_embeddings)
     full_rank = int(table.weight.shape[1])  # type: ignore[union-attr]
     hidden = record.structure["hidden"]
     return WidthsRecord(
-        layers=tuple(
-            LayerWidth(
-                heads=KeptOf(a.num_heads, b.num_heads),
-                neurons=KeptOf(a.intermediate_size, b.intermediate_size),
-                parameters=KeptOf(_size(model, a.path), _size(dense, b.path)),
-            )
-            for a, b in zip(ours.layers, theirs.layers, strict=True)
-        ),
+        layers=LayerWidth.of_layers(model, dense),
         criterion=str(record.config["criterion"]),
         embedding_rank=None if rank is None else KeptOf(rank, full_rank),
         hidden=None if hidden is None else KeptOf(hidden, theirs.hidden_size),
         calibration_seconds=None if clock is None else clock.seconds,
         calibration_share=None if clock is None else clock.share,
     )
-
-
-def _size(model: nn.Module, path: str) -> int:
-    return sum(parameter.numel() for parameter in get_module(model, path).parameters())

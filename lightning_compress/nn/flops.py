@@ -41,6 +41,8 @@ class ParameterCount:
     """Weights of the layers' linears, without biases."""
     encoder: int
     """Everything in the layers: weights, biases and norms."""
+    layers: tuple[int, ...]
+    """The same of each layer."""
     total: int
     """The whole model; tied weights are counted once."""
 
@@ -103,11 +105,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     model = as_deployed(model)
     anatomy = describe(model)
     seen: set[int] = set()
+    layers = tuple(_deployed_size(get_module(model, layer.path), seen) for layer in anatomy.layers)
     return ParameterCount(
         linear=sum(
             _linear_cost(get_module(model, slot.path), "kept_parameters", 1) for slot in anatomy.linears
         ),
-        encoder=sum(_deployed_size(get_module(model, layer.path), seen) for layer in anatomy.layers),
+        encoder=sum(layers),
+        layers=layers,
         total=_deployed_size(model, set()),
     )
 

@@ -16,8 +16,12 @@ from lightning_compress.report.fields import (
     optional_field,
     text_field,
 )
+from lightning_compress.runtime.exit_trial import ExitPoint, ExitTrial
 
 __all__ = ["ExitPointRecord", "ExitsRecord"]
+
+_CURVE = 20
+"""Thresholds of the curve, beside the deployed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,17 @@ class ExitPointRecord:
     """FLOPs over dense."""
     mean_depth: float
     """Layers that a text runs, on average."""
+
+    @classmethod
+    def of(cls, point: ExitPoint, off: float, dense_flops: float) -> "ExitPointRecord":
+        """Take over a point that has a score; see `ExitsRecord.of`."""
+        assert point.score is not None, "a curve is of scores"
+        return cls(
+            threshold=_told(point, off),
+            score=point.score,
+            flops_ratio=point.flops / dense_flops,
+            mean_depth=point.mean_depth,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ExitPointRecord":
@@ -79,6 +94,27 @@ class ExitsRecord:
         return sum(share * (layer + 1) for layer, share in enumerate(self.leaves))
 
     @classmethod
+    def of(cls, trial: ExitTrial, metric: str, dense_flops: float) -> "ExitsRecord":
+        """Read off a trial what the model's own threshold gives, and, where texts have labels, a curve of others.
+
+        Args:
+            trial: Of the converted model, over the texts.
+            metric: What its scores are.
+            dense_flops: FLOPs of a text without compression, on average.
+        """
+        deployed, off = trial.deployed(), trial.rule.off
+        scored = [point for point in trial.curve(_CURVE) if point.score is not None]
+        return cls(
+            num_texts=len(trial.lengths_B),
+            leaves=deployed.leaves_L,
+            asked=deployed.exits,
+            rule=trial.rule.name,
+            threshold=_told(deployed, off),
+            metric=metric,
+            curve=tuple(ExitPointRecord.of(point, off, dense_flops) for point in scored),
+        )
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ExitsRecord":
         """Rebuild the part; raises ValueError naming the field that is wrong."""
         if not isinstance(data, Mapping):
@@ -105,3 +141,7 @@ class ExitsRecord:
             "asked": list(self.asked),
             "curve": [dict(vars(point)) for point in self.curve],
         }
+
+
+def _told(point: ExitPoint, off: float) -> float | None:
+    return None if point.threshold == off else point.threshold

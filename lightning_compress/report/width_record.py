@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from lightning_compress.nn.anatomy import describe
+from lightning_compress.nn.flops import count_parameters
 from lightning_compress.report.fields import (
     count_field,
     list_field,
@@ -57,7 +61,21 @@ class LayerWidth:
     neurons: KeptOf
     """Neurons of the FFN."""
     parameters: KeptOf
-    """All parameters of the layer, whoever took them."""
+    """All parameters of the layer, whoever took them; of few bits or of many."""
+
+    @classmethod
+    def of_layers(cls, model: nn.Module, dense: nn.Module) -> "tuple[LayerWidth, ...]":
+        """Count what is left of each layer of a model; either may be on the meta device."""
+        layers = zip(describe(model).layers, describe(dense).layers, strict=True)
+        sizes = zip(count_parameters(model).layers, count_parameters(dense).layers, strict=True)
+        return tuple(
+            cls(
+                heads=KeptOf(ours.num_heads, theirs.num_heads),
+                neurons=KeptOf(ours.intermediate_size, theirs.intermediate_size),
+                parameters=KeptOf(*size),
+            )
+            for (ours, theirs), size in zip(layers, sizes, strict=True)
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerWidth":

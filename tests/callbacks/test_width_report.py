@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from lightning_compress.callbacks import CompressionReport, MultiExit, SoftThresholdRank, WidthSlimming
+from lightning_compress.callbacks import (
+    BlockQuantization,
+    CompressionReport,
+    MultiExit,
+    SoftThresholdRank,
+    WidthSlimming,
+)
 from lightning_compress.callbacks.width_report import calibration_clock, measure_widths
 from lightning_compress.compressor import Compressor
 from lightning_compress.methods.soft_threshold_rank import SoftThresholdRankConfig
@@ -69,6 +75,21 @@ def test_layers_are_found_where_others_changed_them_too(tmp_path: Path) -> None:
     assert [layer["heads"] for layer in data["widths"]["layers"]] == [[2, 4]] * 2
     assert [layer["neurons"] for layer in data["widths"]["layers"]] == [[64, 64]] * 2
     assert all(kept < dense for kept, dense in (layer["parameters"] for layer in data["widths"]["layers"]))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_weights_of_few_bits_are_as_many(bits: Any, tmp_path: Path) -> None:
+    methods = WidthSlimming(heads=2, ffn=16), BlockQuantization(preset=bits)
+    module, data = run(tmp_path, *methods)
+    layer = module.model.bert.encoder.layer[0]
+    assert not any(name.endswith("dense.weight") for name, _ in layer.named_parameters()), (
+        "weights are buffers"
+    )
+    # 4 heads of 8 of 32 dimensions, 64 neurons; 2 heads and 16 neurons are left: weights, biases, two norms
+    dense = 4 * 32 * 32 + 2 * 32 * 64 + (4 * 32 + 64 + 32) + 4 * 32
+    kept = 4 * 32 * 16 + 2 * 32 * 16 + (3 * 16 + 32 + 16 + 32) + 4 * 32
+    assert [layer["parameters"] for layer in data["widths"]["layers"]] == [[kept, dense]] * 2
+    assert data["final"]["parameters"]["compressed"]["encoder"] == 2 * kept
 
 
 def test_only_runs_that_slim_have_widths_and_only_separate_passes_a_clock() -> None:

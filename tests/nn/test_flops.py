@@ -76,6 +76,7 @@ def test_bert_base_has_the_size_and_the_cost_at_128_tokens_worked_out_by_hand():
     assert parameters.total == 109_483_778
     assert parameters.linear == 12 * 7_077_888
     assert parameters.encoder == 12 * (7_077_888 + 4 * 768 + 3072 + 768 + 4 * 768)
+    assert parameters.layers == (parameters.encoder // 12,) * 12
 
 
 def test_costs_of_sequences_add_up_and_their_order_does_not_matter(tiny):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from lightning_compress.report.exit_record import ExitsRecord
+from lightning_compress.report.exit_record import ExitPointRecord, ExitsRecord
 from lightning_compress.report.record import RunRecord
+from lightning_compress.runtime.exit_trial import ExitPoint
 
 
 def test_a_record_with_exits_there_and_back_is_the_same(exit_run: dict):
@@ -21,6 +22,21 @@ def test_a_record_without_exits_is_written_as_ever(run: dict):
 def test_the_mean_depth_is_over_texts():
     record = ExitsRecord(num_texts=4, leaves=(0.5, 0.25, 0.25), asked=(0, 1), rule="entropy", threshold=0.1)
     assert record.mean_depth == (2 * 1 + 2 + 3) / 4
+
+
+def test_points_of_a_trial_are_told_as_shares_of_the_dense_flops():
+    point = ExitPoint(
+        threshold=0.25,
+        exits=(0,),
+        score=0.5,
+        flops_ratio=0.75,
+        flops=30.0,
+        mean_depth=1.5,
+        leaves_L=(0.5, 0.5),
+    )
+    found = ExitPointRecord.of(point, off=-1.0, dense_flops=120.0)
+    assert found == ExitPointRecord(threshold=0.25, score=0.5, flops_ratio=0.25, mean_depth=1.5)
+    assert ExitPointRecord.of(point, off=0.25, dense_flops=120.0).threshold is None
 
 
 @pytest.mark.parametrize(

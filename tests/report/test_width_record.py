@@ -2,9 +2,11 @@ import copy
 import json
 
 import pytest
+from transformers import BertConfig, BertModel
 
+from lightning_compress.deploy import quantize
 from lightning_compress.report.record import RunRecord
-from lightning_compress.report.width_record import KeptOf
+from lightning_compress.report.width_record import KeptOf, LayerWidth
 
 
 def test_a_record_with_widths_there_and_back_is_the_same(width_run: dict):
@@ -22,6 +24,16 @@ def test_parameters_of_the_layers_add_up(width_run: dict):
     assert widths is not None
     assert widths.parameters == KeptOf(600_000, 1_100_000)
     assert widths.layers[1].heads.share == 0.25
+
+
+def test_layers_are_counted_beside_the_dense_ones_whatever_their_bits():
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 9}
+    dense, narrow = (BertModel(BertConfig(**sizes, intermediate_size=number)) for number in (16, 6))
+    plain = LayerWidth.of_layers(narrow, dense.to("meta"))
+    same = 4 * 8 * 8 + 4 * 8 + 4 * 8  # attention, its biases, two norms
+    expected = KeptOf(same + 2 * 8 * 6 + 6 + 8, same + 2 * 8 * 16 + 16 + 8)
+    assert plain == (LayerWidth(heads=KeptOf(2, 2), neurons=KeptOf(6, 16), parameters=expected),) * 2
+    assert LayerWidth.of_layers(quantize(narrow, "w4a8"), dense) == plain
 
 
 @pytest.mark.parametrize(
