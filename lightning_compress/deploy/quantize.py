@@ -42,17 +42,18 @@ def quantize(
 
     Nothing is trained and no data is needed: factors of activations are found anew for every input. The model may have
     been compressed before, by any other method of this library; its plan, which ``save_pretrained`` writes, tells it.
+    Settings are those of :class:`~lightning_compress.methods.block_quantization.BlockQuantizationConfig`, which lists
+    what each may be.
 
     Args:
         model: A transformers model of a known family, or any module that holds one. LoRA adapters around its linears
             are folded in.
-        preset: Bits of weights and activations: ``"w8a8"``, ``"w4a8"``, ``"w4a4"``, or ``"w8"``, weights alone.
-        block: Rows and columns that share a factor, ``"row"`` for a factor per row; 0 stands for all there are.
-        factor: ``"scale"``, any real number, or ``"shift"``, a power of two.
-        operators: What is quantised, of ``"linear"``, ``"embedding"``, ``"attention"``, ``"softmax"``,
-            ``"activation"``, ``"norm"``; or ``"all"``.
-        exclude: Shell patterns over module paths: what stays as it is.
-        bits: Bits that differ from the preset's, of ``weight``, ``input``, ``embedding`` or ``attention``.
+        preset: Bits of weights and activations, such as ``"w4a8"``.
+        block: What shares a factor: a row, or so many rows and columns.
+        factor: Real scales, or shifts by powers of two.
+        operators: What is quantised; ``"all"`` for everything that can be.
+        exclude: Which modules stay as they are.
+        bits: Where bits differ from the preset's, such as ``{"embedding": 4}``.
 
     Returns:
         ``model`` itself.
