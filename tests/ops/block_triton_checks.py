@@ -8,17 +8,15 @@ Processes of their own, because Triton decides at decoration time whether a kern
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import json
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.ops.triton_checks import CAPABILITIES, _resources
+from tests.ops.triton_compile import Variant, main
 
+PACKAGES = ("block_quantize", "block_dequantize", "block_matmul")
 BLOCKS = ((1, 0), (0, 0), (2, 3), (1, 4), (0, 1), (32, 32))
 FACTORS = ("scale", "shift")
 PAIRS = (
@@ -29,7 +27,6 @@ PAIRS = (
     ((0, 0), (1, 5)),
     ((1, 3), (0, 0)),
 )
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 def interpret() -> dict[str, list[str]]:
@@ -43,28 +40,6 @@ def interpret() -> dict[str, list[str]]:
         "long sums and large biases": _differing_sums(),
         "writes elsewhere": _writes_elsewhere(),
     }
-
-
-def compile_ahead_of_time() -> dict[str, Any]:
-    """Compiles the kernels for each GPU; returns what came out, and which were imported unasked."""
-    names = ("block_quantize", "block_dequantize", "block_matmul")
-    for name in names:
-        importlib.import_module(f"lightning_compress.ops.{name}")
-    unasked = [name for name in names if f"lightning_compress.ops.{name}.triton_kernel" in sys.modules]
-    found = []
-    for capability, (name, kernel, pointers, constants) in itertools.product(CAPABILITIES, _variants()):
-        compiled = _compiled(capability, kernel, pointers, constants)
-        found.append(
-            {
-                "name": f"sm_{capability} {name}",
-                "capability": capability,
-                "ptx": compiled.asm["ptx"],
-                "cubin_bytes": len(compiled.asm["cubin"]),
-                "shared": compiled.metadata.shared,
-                "resources": _resources(compiled.asm["cubin"]),
-            }
-        )
-    return {"kernels": found, "unasked": unasked}
 
 
 def _differing_integers() -> list[str]:
@@ -204,22 +179,23 @@ def _multiplies(
     return found.is_contiguous() and torch.equal(found, expected)
 
 
-def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Names, kernels, types of their pointers, and constants: what is used, and what is most likely to spill."""
+def _variants() -> list[Variant]:
+    """What is used, and what is most likely to spill."""
     from lightning_compress.ops.block_dequantize import triton_kernel as dequantizer
     from lightning_compress.ops.block_matmul import triton_kernel as multiplier
     from lightning_compress.ops.block_quantize import triton_kernel as quantizer
 
-    def quantize(x: str, is_shift: bool, block: tuple[int, int]) -> tuple:
-        pointers = {"x_ptr": x, "payload_ptr": "i8", "factor_ptr": "i8" if is_shift else "fp32"}
+    def quantize(x: str, is_shift: bool, block: tuple[int, int]) -> Variant:
+        pointers = {"x_ptr": f"*{x}", "payload_ptr": "*i8", "factor_ptr": "*i8" if is_shift else "*fp32"}
         constants = quantizer.integer_constants(8) | quantizer.tile_sizes(512, 384, *block)
         constants["IS_SHIFT"] = is_shift
-        return f"quantize {x} {is_shift} {block}", quantizer.quantize_kernel, pointers, constants
+        name = f"quantize {x} {is_shift} {block}"
+        return Variant(name, quantizer.quantize_kernel, pointers, constants, aligned=("num_columns",))
 
-    def multiply(edge: int, is_shift: bool, is_unsigned: bool, is_wide: bool) -> tuple:
+    def multiply(edge: int, is_shift: bool, is_unsigned: bool, is_wide: bool) -> Variant:
         factor = "i8" if is_shift else "fp32"
-        pointers = {"a_ptr": "u8" if is_unsigned else "i8", "a_factor_ptr": factor, "b_ptr": "i8"}
-        pointers |= {"b_factor_ptr": factor, "bias_ptr": "fp32", "out_ptr": "fp32"}
+        pointers = {"a_ptr": "*u8" if is_unsigned else "*i8", "a_factor_ptr": f"*{factor}", "b_ptr": "*i8"}
+        pointers |= {"b_factor_ptr": f"*{factor}", "bias_ptr": "*fp32", "out_ptr": "*fp32"}
         constants = {
             "A_ROWS": 1,
             "B_ROWS": edge if edge <= 128 else 1,
@@ -229,15 +205,15 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         constants |= {"GUARD_BITS": 6, "IS_SHIFT": is_shift, "IS_UNSIGNED": is_unsigned, "IS_WIDE": is_wide}
         constants |= {"HAS_BIAS": True} | multiplier.tile_sizes(512, 384, edge, is_shift)
         name = f"multiply {edge} {factor} {'un' * is_unsigned}signed {'wide' * is_wide}"
-        return name, multiplier.matmul_kernel, pointers, constants
+        return Variant(name, multiplier.matmul_kernel, pointers, constants, aligned=("depth", "edge"))
 
-    numbers = {"payload_ptr": "i8", "factor_ptr": "i8", "out_ptr": "fp32"}
+    numbers = {"payload_ptr": "*i8", "factor_ptr": "*i8", "out_ptr": "*fp32"}
     sizes = {"IS_SHIFT": True} | dequantizer.tile_sizes(384, 32, 32)
     return [
         quantize("bf16", False, (1, 128)),
         quantize("fp32", True, (1, 0)),
         quantize("fp32", True, (128, 128)),
-        ("dequantize", dequantizer.dequantize_kernel, numbers, sizes),
+        Variant("dequantize", dequantizer.dequantize_kernel, numbers, sizes, aligned=("num_columns",)),
         multiply(128, False, False, False),
         multiply(384, False, False, False),
         multiply(128, True, False, False),
@@ -246,28 +222,5 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     ]
 
 
-def _compiled(capability: int, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> Any:
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: constants[name] for name in OPTIONS if name in constants}
-    constants = {name: value for name, value in constants.items() if name not in options}
-    signature = {
-        name: f"*{pointers[name]}" if name in pointers else "constexpr" if name in constants else "i32"
-        for name in kernel.arg_names
-    }
-    aligned = [*pointers, *(name for name in ("num_columns", "depth", "edge") if name in signature)]
-    source = ASTSource(
-        kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    checks = {"interpret": interpret, "compile": compile_ahead_of_time}
-    json.dump(checks[sys.argv[1]](), sys.stdout)
+    main(interpret, PACKAGES, _variants)

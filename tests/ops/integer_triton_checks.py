@@ -8,19 +8,16 @@ Processes of their own, because Triton decides at decoration time whether a kern
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import json
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.ops.triton_checks import CAPABILITIES, _resources
+from tests.ops.triton_compile import Variant, main
 
 SHAPES = ((1, 1), (3, 5), (9, 130), (2, 700), (0, 4), (3, 0))
-NAMES = ("integer_softmax", "integer_gelu", "integer_layernorm", "integer_blocks")
+PACKAGES = ("integer_softmax", "integer_gelu", "integer_layernorm", "integer_blocks")
 FUNCTIONS = ("gelu", "gelu_tanh", "silu", "relu")
 BLOCKS = ("softmax_of_blocks", "gelu_of_blocks", "layernorm_of_blocks")
 
@@ -35,27 +32,6 @@ def interpret() -> dict[str, list[str]]:
         "blocks": _differing_blocks(),
         "what kernels cannot do": _differing_fallbacks(),
     }
-
-
-def compile_ahead_of_time() -> dict[str, Any]:
-    """Compiles the kernels for each GPU; returns what came out, and which were imported unasked."""
-    for name in NAMES:
-        importlib.import_module(f"lightning_compress.ops.{name}")
-    unasked = [name for name in NAMES if f"lightning_compress.ops.{name}.triton_kernel" in sys.modules]
-    found = []
-    for capability, (name, kernel, pointers, constants) in itertools.product(CAPABILITIES, _variants()):
-        compiled = _compiled(capability, kernel, pointers, constants)
-        found.append(
-            {
-                "name": f"sm_{capability} {name}",
-                "capability": capability,
-                "ptx": compiled.asm["ptx"],
-                "cubin_bytes": len(compiled.asm["cubin"]),
-                "shared": compiled.metadata.shared,
-                "resources": _resources(compiled.asm["cubin"]),
-            }
-        )
-    return {"kernels": found, "unasked": unasked}
 
 
 def _differing_rows() -> list[str]:
@@ -188,8 +164,8 @@ def _same(found: Any, expected: Any) -> bool:
     )
 
 
-def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Names, kernels, types of their pointers and long numbers, and constants, for the widths of MiniLM and others."""
+def _variants() -> list[Variant]:
+    """All kernels, for the widths of MiniLM and others."""
     from lightning_compress.ops.fixed_point.triton_functions import row_tiles
     from lightning_compress.ops.integer_blocks import triton_kernel as blocks
     from lightning_compress.ops.integer_gelu import triton_kernel as gelu
@@ -197,9 +173,12 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     from lightning_compress.ops.integer_softmax import triton_kernel as softmax
 
     rows = {"value_ptr": "*i32", "exponent_ptr": "*i32", "out_ptr": "*i32"}
-    masked = {"seen_ptr": "*u8", "weight_ptr": "*i32", "out_ptr": "*u8", "digits_ptr": "*i32"}
+    masked = {"seen_ptr": "*u8", "weight_ptr": "*i32", "out_ptr": "*u8"}
     affine = {"gamma_ptr": "*i16", "beta_ptr": "*i32", "mean": "i64"}
     norms = {"IS_CENTRED": True, "HAS_BETA": True}
+
+    def variant(name: str, kernel: Any, kinds: dict[str, str], constants: dict[str, Any]) -> Variant:
+        return Variant(name, kernel, kinds, constants, aligned=("width",))
 
     def of_blocks(factor: str, width: int, columns: int) -> tuple[dict[str, str], dict[str, Any]]:
         kinds = {"payload_ptr": "*i8", "factor_ptr": factor, "out_ptr": "*i8", "out_factor_ptr": factor}
@@ -208,48 +187,30 @@ def _variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         assert sizes is not None
         return kinds, sizes
 
-    def norm_of_blocks(factor: str, width: int, columns: int) -> tuple:
+    def norm_of_blocks(factor: str, width: int, columns: int) -> Variant:
         kinds, sizes = of_blocks(factor, width, columns)
-        return f"norm {width} {factor}", blocks.layernorm_blocks_kernel, kinds | affine, sizes | norms
+        return variant(
+            f"norm {width} {factor}", blocks.layernorm_blocks_kernel, kinds | affine, sizes | norms
+        )
 
-    table = {"table_ptr": "*i32", "unit_ptr": "*i32"}
+    table, units, digits = ({name: "*i32"} for name in ("table_ptr", "unit_ptr", "digits_ptr"))
     mask = row_tiles(512) | {"HAS_MASK": True}
     kinds, sizes = of_blocks("*fp32", 1536, 128)
     bytes_in = {"payload_ptr": "*i8", "factor_ptr": "*i8"}
     own = {"IS_SHIFT": True, "COLUMNS": 32}
     return [
-        ("softmax 512", softmax.softmax_kernel, rows | masked, mask | {"BY_ROW": True}),
-        ("gelu 3072", gelu.gelu_kernel, rows | table, gelu.tile_sizes(3072) | {"LIMIT": 2**19}),
-        ("norm 384", norm.layernorm_kernel, rows | affine, row_tiles(384) | norms),
-        ("norm 4096", norm.layernorm_kernel, rows | affine, row_tiles(4096) | norms),
-        ("gelu 1536 *fp32", blocks.gelu_blocks_kernel, kinds | table, sizes | {"LIMIT": 2**17}),
+        variant("softmax 512", softmax.softmax_kernel, rows | masked | digits, mask | {"BY_ROW": True}),
+        variant(
+            "gelu 3072", gelu.gelu_kernel, rows | table | units, gelu.tile_sizes(3072) | {"LIMIT": 2**19}
+        ),
+        variant("norm 384", norm.layernorm_kernel, rows | affine, row_tiles(384) | norms),
+        variant("norm 4096", norm.layernorm_kernel, rows | affine, row_tiles(4096) | norms),
+        variant("gelu 1536 *fp32", blocks.gelu_blocks_kernel, kinds | table, sizes | {"LIMIT": 2**17}),
         norm_of_blocks("*fp32", 384, 0),
         norm_of_blocks("*i8", 3072, 32),
-        ("softmax 512 *i8", blocks.softmax_blocks_kernel, bytes_in | masked, mask | own),
+        variant("softmax 512 *i8", blocks.softmax_blocks_kernel, bytes_in | masked, mask | own),
     ]
 
 
-def _compiled(capability: int, kernel: Any, kinds: dict[str, str], constants: dict[str, Any]) -> Any:
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {"num_warps": constants.get("num_warps", 4)}
-    constants = {name: value for name, value in constants.items() if name != "num_warps"}
-    signature = {
-        name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names
-    }
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")] + ["width"]
-    source = ASTSource(
-        kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    checks = {"interpret": interpret, "compile": compile_ahead_of_time}
-    json.dump(checks[sys.argv[1]](), sys.stdout)
+    main(interpret, PACKAGES, _variants)

@@ -1,12 +1,7 @@
 """The kernels of blocks equal the references: interpreted, compiled ahead of time, and on a GPU where there is one."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,42 +13,12 @@ from lightning_compress.ops.block_matmul import block_matmul
 from lightning_compress.ops.block_matmul import reference as multiplier
 from lightning_compress.ops.block_quantize import block_quantize
 from lightning_compress.ops.block_quantize import reference as quantizer
+from tests.ops.triton_harness import CAPABILITIES, assert_no_spilling, needs_triton
 
+SCRIPT = "block_triton_checks.py"
 NAMES = ("block_quantize", "block_dequantize", "block_matmul")
 SHARED_MEMORY_LIMIT = 99 * 1024
 """Bytes that a program can have on every GPU from sm_80 on, those of workstations included."""
-
-# Where Triton exists it has to be there: CI must not skip these checks unseen.
-needs_triton = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="Triton is published for Linux only"
-)
-
-
-def run_checks(which: str, cache: Path, root: Path, **environment: str) -> Any:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "tests/ops/block_triton_checks.py", which],
-        cwd=root,
-        env=inherited | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def differences(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> dict[str, list[str]]:
-    cache = tmp_path_factory.mktemp("triton")
-    return run_checks("interpret", cache, pytestconfig.rootpath, TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
-    return run_checks("compile", tmp_path_factory.mktemp("triton"), pytestconfig.rootpath)
 
 
 @needs_triton
@@ -76,16 +41,9 @@ def test_the_interpreted_kernels_equal_the_references_bit_for_bit(
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@CAPABILITIES
 def test_the_kernels_compile_without_a_gpu_and_without_spilling(compiled: dict[str, Any], capability: int):
-    kernels = [kernel for kernel in compiled["kernels"] if kernel["capability"] == capability]
-    assert len(kernels) == 9
-    for kernel in kernels:
-        assert f".target sm_{capability}" in kernel["ptx"], kernel["name"]
-        assert kernel["cubin_bytes"] > 0, kernel["name"]
-        assert kernel["shared"] < SHARED_MEMORY_LIMIT, kernel["name"]
-        assert ".local" not in kernel["ptx"], kernel["name"]
-        assert (kernel["resources"]["STACK"], kernel["resources"]["LOCAL"]) == (0, 0), kernel["name"]
+    assert_no_spilling(compiled, capability, 9, SHARED_MEMORY_LIMIT)
 
 
 @needs_triton

@@ -1,12 +1,7 @@
 """The Triton kernel equals the reference: interpreted, compiled ahead of time, and on a GPU where there is one."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,40 +9,11 @@ import torch
 
 from lightning_compress.ops import compact as package
 from lightning_compress.ops.compact import compact, reference
+from tests.ops.triton_harness import CAPABILITIES, assert_no_spilling, needs_triton
 
-# Where Triton exists it has to be there: CI must not skip these checks unseen.
-needs_triton = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="Triton is published for Linux only"
-)
+SCRIPT = "compact_triton_checks.py"
 SHARED_MEMORY_LIMIT = 48 * 1024
 """Bytes that every GPU grants a program without being asked."""
-
-
-def run_checks(which: str, cache: Path, root: Path, **environment: str) -> Any:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "tests/ops/triton_checks.py", which],
-        cwd=root,
-        env=inherited | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def differences(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> dict[str, list[str]]:
-    cache = tmp_path_factory.mktemp("triton")
-    return run_checks("interpret", cache, pytestconfig.rootpath, TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
-    return run_checks("compile", tmp_path_factory.mktemp("triton"), pytestconfig.rootpath)
 
 
 @needs_triton
@@ -57,16 +23,9 @@ def test_the_interpreted_kernel_equals_the_reference(differences: dict[str, list
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@CAPABILITIES
 def test_the_kernel_compiles_without_a_gpu_and_without_spilling(compiled: dict[str, Any], capability: int):
-    kernels = [kernel for kernel in compiled["kernels"] if kernel["capability"] == capability]
-    assert len(kernels) == 8
-    for kernel in kernels:
-        assert f".target sm_{capability}" in kernel["ptx"], kernel["name"]
-        assert kernel["cubin_bytes"] > 0, kernel["name"]
-        assert kernel["shared"] < SHARED_MEMORY_LIMIT, kernel["name"]
-        assert ".local" not in kernel["ptx"], kernel["name"]
-        assert (kernel["resources"]["STACK"], kernel["resources"]["LOCAL"]) == (0, 0), kernel["name"]
+    assert_no_spilling(compiled, capability, 8, SHARED_MEMORY_LIMIT)
 
 
 @needs_triton
@@ -81,7 +40,7 @@ def test_rows_are_moved_sixteen_bytes_at_a_time(compiled: dict[str, Any]):
 
 @needs_triton
 def test_the_kernel_is_imported_when_a_gpu_first_asks_for_it(compiled: dict[str, Any]):
-    assert not compiled["is_imported_unasked"]
+    assert compiled["unasked"] == []
     chosen = package._cuda_implementation.__wrapped__()
     assert chosen is importlib.import_module("lightning_compress.ops.compact.triton_kernel").compact
 

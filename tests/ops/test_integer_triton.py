@@ -1,12 +1,7 @@
 """The kernels of integers equal the references: interpreted, compiled ahead of time, and on a GPU if there is one."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,43 +12,13 @@ from lightning_compress.ops.integer_blocks import gelu_of_blocks, layernorm_of_b
 from lightning_compress.ops.integer_gelu import FUNCTIONS, integer_gelu
 from lightning_compress.ops.integer_layernorm import fixed_point_affine, integer_layernorm
 from lightning_compress.ops.integer_softmax import integer_softmax, integer_softmax_by_row, softmax_factor
+from tests.ops.triton_harness import CAPABILITIES, assert_no_spilling, needs_triton
 
+SCRIPT = "integer_triton_checks.py"
 SINGLE = ("integer_softmax", "integer_gelu", "integer_layernorm")
 BLOCKS = ("softmax_of_blocks", "gelu_of_blocks", "layernorm_of_blocks")
 SHARED_MEMORY_LIMIT = 48 * 1024
 """Bytes that every GPU grants a program without being asked."""
-
-# Where Triton exists it has to be there: CI must not skip these checks unseen.
-needs_triton = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="Triton is published for Linux only"
-)
-
-
-def run_checks(which: str, cache: Path, root: Path, **environment: str) -> Any:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "tests/ops/integer_triton_checks.py", which],
-        cwd=root,
-        env=inherited | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def differences(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> dict[str, list[str]]:
-    cache = tmp_path_factory.mktemp("triton")
-    return run_checks("interpret", cache, pytestconfig.rootpath, TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
-    return run_checks("compile", tmp_path_factory.mktemp("triton"), pytestconfig.rootpath)
 
 
 @needs_triton
@@ -67,16 +32,9 @@ def test_the_interpreted_kernels_equal_the_references_bit_for_bit(
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@CAPABILITIES
 def test_the_kernels_compile_without_a_gpu_and_without_spilling(compiled: dict[str, Any], capability: int):
-    kernels = [kernel for kernel in compiled["kernels"] if kernel["capability"] == capability]
-    assert len(kernels) == 8
-    for kernel in kernels:
-        assert f".target sm_{capability}" in kernel["ptx"], kernel["name"]
-        assert kernel["cubin_bytes"] > 0, kernel["name"]
-        assert kernel["shared"] < SHARED_MEMORY_LIMIT, kernel["name"]
-        assert ".local" not in kernel["ptx"], kernel["name"]
-        assert (kernel["resources"]["STACK"], kernel["resources"]["LOCAL"]) == (0, 0), kernel["name"]
+    assert_no_spilling(compiled, capability, 8, SHARED_MEMORY_LIMIT)
 
 
 @needs_triton

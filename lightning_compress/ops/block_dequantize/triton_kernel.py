@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.fixed_point.triton_functions import places, power_of_two
+
 __all__ = ["block_dequantize", "dequantize_kernel", "tile_sizes"]
 
 TILE_ROWS = 8
@@ -77,14 +79,12 @@ def dequantize_kernel(
     W: tl.constexpr,
 ):
     """Multiply a tile by its factors; rows are counted over all matrices."""
-    row_H = tl.program_id(0) * H + tl.arange(0, H)
-    column_W = tl.program_id(1) * W + tl.arange(0, W)
-    mask_HW = (row_H < num_all)[:, None] & (column_W < num_columns)[None, :]
-    at_HW = row_H.to(tl.int64)[:, None] * num_columns + column_W[None, :]
+    tile = places(num_all, num_columns, H, W, tl.program_id(1))
+    row_H, column_W, mask_HW, at_HW = tile
     below_H = (row_H // num_rows) * num_down + (row_H % num_rows) // ROWS
     factor_at_HW = below_H.to(tl.int64)[:, None] * num_across + (column_W // COLUMNS)[None, :]
     factor_HW = tl.load(factor_ptr + factor_at_HW, mask=mask_HW, other=0)
     if IS_SHIFT:
-        factor_HW = ((factor_HW.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        factor_HW = power_of_two(factor_HW.to(tl.int32))
     payload_HW = tl.load(payload_ptr + at_HW, mask=mask_HW, other=0)
     tl.store(out_ptr + at_HW, payload_HW.to(tl.float32) * factor_HW, mask=mask_HW)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_compress.ops.fixed_point.triton_functions import power_of_two
+
 __all__ = ["block_matmul", "matmul_kernel", "tile_sizes"]
 
 ALL = 2**30
@@ -181,8 +183,7 @@ def matmul_kernel(
     if IS_SHIFT:
         if HAS_BIAS:
             sum_MN += _aligned_bias(bias_N, largest_MN - GUARD_BITS).to(sum_MN.dtype)
-        unit_MN = ((largest_MN - GUARD_BITS + 127) << 23).to(tl.float32, bitcast=True)
-        out_MN = sum_MN.to(tl.float32) * unit_MN
+        out_MN = sum_MN.to(tl.float32) * power_of_two(largest_MN - GUARD_BITS)
     elif HAS_BIAS:
         out_MN = sum_MN + bias_N[None, :]
     else:

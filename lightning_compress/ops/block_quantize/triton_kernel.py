@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_compress.ops.block_quantize import reference
 from lightning_compress.ops.block_quantize.reference import num_blocks
+from lightning_compress.ops.fixed_point.triton_functions import power_of_two
 
 __all__ = ["block_quantize", "integer_constants", "quantize_kernel", "round_to_even", "tile_sizes"]
 
@@ -117,8 +118,7 @@ def quantize_kernel(
         pattern_G = amax_G.to(tl.int32, bitcast=True)
         e_G = (pattern_G >> 23) - 126 - (BITS - 1) + ((pattern_G & 0x7FFFFF) > QMAX_MANTISSA).to(tl.int32)
         e_G = tl.minimum(tl.maximum(e_G, -32), 31)
-        inverse_G = ((127 - e_G) << 23).to(tl.float32, bitcast=True)
-        quotient_GHW = x_GHW * inverse_G[:, None, None]
+        quotient_GHW = x_GHW * power_of_two(-e_G)[:, None, None]
         factor_G = e_G.to(tl.int8)
     else:
         factor_G = tl.div_rn(amax_G, tl.full((G,), QMAX, tl.float32))

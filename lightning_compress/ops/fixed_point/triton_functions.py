@@ -1,6 +1,6 @@
 """What :mod:`lightning_compress.ops.fixed_point` does, for kernels: the same integers. Needs the extra ``triton``.
 
-Shape legend: R rows and C columns of a tile; C is the whole width, padded to a power of two.
+Shape legend: R rows and C columns of a tile; unless said otherwise C is the whole width, padded to a power of two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "align_rows",
     "bit_length",
     "integer_sqrt",
+    "places",
     "power_of_two",
     "row_tiles",
     "shift_right",
@@ -42,6 +43,15 @@ def row_tiles(width: int) -> dict[str, Any]:
         "C": columns,
         "num_warps": min(max(columns // 512, 4), 16),
     }
+
+
+@triton.jit
+def places(num_rows, width, R: tl.constexpr, C: tl.constexpr, across=0):
+    """Rows and columns of this program's tile, the one at ``across`` in its rows; what is inside, and where that is."""
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    column_C = across * C + tl.arange(0, C)
+    inside_RC = (row_R < num_rows)[:, None] & (column_C < width)[None, :]
+    return row_R, column_C, inside_RC, row_R.to(tl.int64)[:, None] * width + column_C[None, :]
 
 
 @triton.jit

@@ -17,16 +17,16 @@ from torch import Tensor
 from lightning_compress.ops.fixed_point.triton_functions import (
     MAX_COLUMNS,
     align_rows,
+    places,
     power_of_two,
     row_tiles,
-    shift_right,
 )
 from lightning_compress.ops.integer_blocks import reference
-from lightning_compress.ops.integer_blocks.triton_tiles import block_sizes, load_blocks, places, store_blocks
+from lightning_compress.ops.integer_blocks.triton_tiles import block_sizes, load_blocks, store_blocks
 from lightning_compress.ops.integer_gelu import reference as gelu
 from lightning_compress.ops.integer_gelu.triton_kernel import activated
 from lightning_compress.ops.integer_layernorm import reference as layernorm
-from lightning_compress.ops.integer_layernorm.triton_kernel import normalised
+from lightning_compress.ops.integer_layernorm.triton_kernel import normalised, scaled
 from lightning_compress.ops.integer_softmax.triton_kernel import probabilities, weights_of_steps
 
 __all__ = [
@@ -151,8 +151,8 @@ def softmax_blocks_kernel(
 ):
     """Probabilities of whole rows; see the reference."""
     tile = places(num_rows, width, R, C)
-    row_R, column_C, inside_RC, at_RC = tile
-    x_RC = load_blocks(payload_ptr, factor_ptr, row_R, column_C, inside_RC, at_RC, width, COLUMNS, IS_SHIFT)
+    _, _, inside_RC, at_RC = tile
+    x_RC = load_blocks(payload_ptr, factor_ptr, tile, width, COLUMNS, IS_SHIFT)
     seen_RC = inside_RC
     if HAS_MASK:
         seen_RC = tl.load(seen_ptr + at_RC, mask=inside_RC, other=0) != 0
@@ -183,13 +183,13 @@ def gelu_blocks_kernel(
 ):
     """The function of whole rows; see the reference."""
     tile = places(num_rows, width, R, C)
-    row_R, column_C, inside_RC, at_RC = tile
-    x_RC = load_blocks(payload_ptr, factor_ptr, row_R, column_C, inside_RC, at_RC, width, W, IS_SHIFT)
+    x_RC = load_blocks(payload_ptr, factor_ptr, tile, width, W, IS_SHIFT)
     value_RC, exponent_R = align_rows(x_RC, ROW_BITS)
     value_RC, exponent_R = activated(value_RC, exponent_R, table_ptr, LIMIT)
     y_RC = value_RC.to(tl.float32) * power_of_two(exponent_R)[:, None]
-    factor_at = out_factor_ptr, row_R, num_rows, width
-    store_blocks(y_RC, out_ptr, inside_RC, at_RC, factor_at, R, C, W, BITS, QMAX, QMAX_MANTISSA, IS_SHIFT)
+    store_blocks(
+        y_RC, out_ptr, out_factor_ptr, tile, num_rows, width, R, C, W, BITS, QMAX, QMAX_MANTISSA, IS_SHIFT
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows", "mean", "root", "eps", "eps_exponent", "shift", "exponent"])
@@ -220,14 +220,12 @@ def layernorm_blocks_kernel(
 ):
     """The norm of whole rows; see the reference."""
     tile = places(num_rows, width, R, C)
-    row_R, column_C, inside_RC, at_RC = tile
-    x_RC = load_blocks(payload_ptr, factor_ptr, row_R, column_C, inside_RC, at_RC, width, W, IS_SHIFT)
+    _, column_C, inside_RC, _ = tile
+    x_RC = load_blocks(payload_ptr, factor_ptr, tile, width, W, IS_SHIFT)
     value_RC, exponent_R = align_rows(x_RC, ROW_BITS)
     normal_RC = normalised(value_RC, exponent_R, inside_RC, mean, root, eps, eps_exponent, IS_CENTRED)
-    gamma_C = tl.load(gamma_ptr + column_C, mask=column_C < width, other=0)
-    value_RC = shift_right(normal_RC * gamma_C.to(tl.int64)[None, :], shift).to(tl.int32)
-    if HAS_BETA:
-        value_RC += tl.load(beta_ptr + column_C, mask=column_C < width, other=0)[None, :]
+    value_RC = scaled(normal_RC, gamma_ptr, beta_ptr, column_C, width, shift, HAS_BETA)
     y_RC = value_RC.to(tl.float32) * power_of_two(exponent)
-    factor_at = out_factor_ptr, row_R, num_rows, width
-    store_blocks(y_RC, out_ptr, inside_RC, at_RC, factor_at, R, C, W, BITS, QMAX, QMAX_MANTISSA, IS_SHIFT)
+    store_blocks(
+        y_RC, out_ptr, out_factor_ptr, tile, num_rows, width, R, C, W, BITS, QMAX, QMAX_MANTISSA, IS_SHIFT
+    )

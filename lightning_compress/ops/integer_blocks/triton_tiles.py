@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_compress.ops.block_quantize.triton_kernel import integer_constants, round_to_even
 from lightning_compress.ops.fixed_point.triton_functions import MAX_COLUMNS, power_of_two, row_tiles
 
-__all__ = ["block_sizes", "load_blocks", "places", "store_blocks"]
+__all__ = ["block_sizes", "load_blocks", "store_blocks"]
 
 
 def block_sizes(payload_RC: Tensor, factor_RQ: Tensor, columns: int, bits: int) -> dict[str, Any] | None:
@@ -29,27 +29,9 @@ def block_sizes(payload_RC: Tensor, factor_RQ: Tensor, columns: int, bits: int) 
 
 
 @triton.jit
-def places(num_rows, width, R: tl.constexpr, C: tl.constexpr):
-    """Rows and columns of this program's tile, what of it is inside, and where that is."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    column_C = tl.arange(0, C)
-    inside_RC = (row_R < num_rows)[:, None] & (column_C < width)[None, :]
-    return row_R, column_C, inside_RC, row_R.to(tl.int64)[:, None] * width + column_C[None, :]
-
-
-@triton.jit
-def load_blocks(
-    payload_ptr,
-    factor_ptr,
-    row_R,
-    column_C,
-    inside_RC,
-    at_RC,
-    width,
-    COLUMNS: tl.constexpr,
-    IS_SHIFT: tl.constexpr,
-):
-    """Integers times the factors of their blocks, in fp32; 0 behind the edges."""
+def load_blocks(payload_ptr, factor_ptr, tile, width, COLUMNS: tl.constexpr, IS_SHIFT: tl.constexpr):
+    """Integers times the factors of their blocks, in fp32; 0 behind the edges. The tile is as of ``places``."""
+    row_R, column_C, inside_RC, at_RC = tile
     num_blocks = (width + COLUMNS - 1) // COLUMNS
     factor_at_RC = row_R.to(tl.int64)[:, None] * num_blocks + (column_C // COLUMNS)[None, :]
     factor_RC = tl.load(factor_ptr + factor_at_RC, mask=inside_RC, other=0)
@@ -62,9 +44,10 @@ def load_blocks(
 def store_blocks(
     y_RC,
     out_ptr,
-    inside_RC,
-    at_RC,
-    factor_at,
+    factor_ptr,
+    tile,
+    num_rows,
+    width,
     R: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
@@ -74,7 +57,7 @@ def store_blocks(
     IS_SHIFT: tl.constexpr,
 ):
     """Quantise blocks of W columns as ``block_quantize`` does, and store them."""
-    factor_ptr, row_R, num_rows, width = factor_at
+    row_R, _, inside_RC, at_RC = tile
     y_RQW = tl.reshape(tl.where(inside_RC, y_RC, 0.0), (R, C // W, W))
     amax_RQ = tl.max(tl.abs(y_RQW), axis=2)
     if IS_SHIFT:

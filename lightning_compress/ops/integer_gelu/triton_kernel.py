@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_compress.ops.fixed_point.triton_functions import NUM_ELEMENTS, shift_right, shift_right_by
+from lightning_compress.ops.fixed_point.triton_functions import (
+    NUM_ELEMENTS,
+    places,
+    shift_right,
+    shift_right_by,
+)
 from lightning_compress.ops.integer_gelu import reference
 
 __all__ = ["activated", "gelu_kernel", "integer_gelu", "tile_sizes"]
@@ -70,10 +75,8 @@ def gelu_kernel(
     C: tl.constexpr,
 ):
     """Apply the function to a tile; see the reference."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    column_C = tl.program_id(1) * C + tl.arange(0, C)
-    inside_RC = (row_R < num_rows)[:, None] & (column_C < width)[None, :]
-    at_RC = row_R.to(tl.int64)[:, None] * width + column_C[None, :]
+    tile = places(num_rows, width, R, C, tl.program_id(1))
+    row_R, _, inside_RC, at_RC = tile
     value_RC = tl.load(value_ptr + at_RC, mask=inside_RC, other=0)
     exponent_R = tl.load(exponent_ptr + row_R, mask=row_R < num_rows, other=0)
     result = activated(value_RC, exponent_R, table_ptr, LIMIT)

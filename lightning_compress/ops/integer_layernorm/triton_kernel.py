@@ -18,13 +18,14 @@ from lightning_compress.ops.fixed_point.triton_functions import (
     MAX_COLUMNS,
     bit_length,
     integer_sqrt,
+    places,
     row_tiles,
     shift_right,
     shift_right_by,
 )
 from lightning_compress.ops.integer_layernorm import reference
 
-__all__ = ["integer_layernorm", "layernorm_kernel", "normalised"]
+__all__ = ["integer_layernorm", "layernorm_kernel", "normalised", "scaled"]
 
 GUARD = tl.constexpr(reference.GUARD)
 FRACTION = tl.constexpr(reference.FRACTION)
@@ -84,17 +85,12 @@ def layernorm_kernel(
     C: tl.constexpr,
 ):
     """Normalise whole rows; see the reference."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    column_C = tl.arange(0, C)
-    inside_RC = (row_R < num_rows)[:, None] & (column_C < width)[None, :]
-    at_RC = row_R.to(tl.int64)[:, None] * width + column_C[None, :]
+    tile = places(num_rows, width, R, C)
+    row_R, column_C, inside_RC, at_RC = tile
     value_RC = tl.load(value_ptr + at_RC, mask=inside_RC, other=0)
     exponent_R = tl.load(exponent_ptr + row_R, mask=row_R < num_rows, other=0)
-    gamma_C = tl.load(gamma_ptr + column_C, mask=column_C < width, other=0)
     normal_RC = normalised(value_RC, exponent_R, inside_RC, mean, root, eps, eps_exponent, IS_CENTRED)
-    out_RC = shift_right(normal_RC * gamma_C.to(tl.int64)[None, :], shift).to(tl.int32)
-    if HAS_BETA:
-        out_RC += tl.load(beta_ptr + column_C, mask=column_C < width, other=0)[None, :]
+    out_RC = scaled(normal_RC, gamma_ptr, beta_ptr, column_C, width, shift, HAS_BETA)
     tl.store(out_ptr + at_RC, out_RC, mask=inside_RC)
 
 
@@ -118,3 +114,13 @@ def normalised(value_RC, exponent_R, inside_RC, mean, root, eps, eps_exponent, I
     inverse_R = (one_R * root << 36) // root_R
     places_R = halves_R - doubled_R + (52 - FRACTION)
     return shift_right(rest_RC * inverse_R[:, None], places_R[:, None])
+
+
+@triton.jit
+def scaled(normal_RC, gamma_ptr, beta_ptr, column_C, width, shift, HAS_BETA: tl.constexpr):
+    """Return normalised numbers times gamma, plus beta if there is one, int32."""
+    gamma_C = tl.load(gamma_ptr + column_C, mask=column_C < width, other=0)
+    out_RC = shift_right(normal_RC * gamma_C.to(tl.int64)[None, :], shift).to(tl.int32)
+    if HAS_BETA:
+        out_RC += tl.load(beta_ptr + column_C, mask=column_C < width, other=0)[None, :]
+    return out_RC

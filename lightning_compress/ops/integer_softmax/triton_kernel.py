@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_compress.ops.fixed_point.triton_functions import (
     MAX_COLUMNS,
     bit_length,
+    places,
     row_tiles,
     shift_right,
     shift_right_by,
@@ -82,10 +83,8 @@ def softmax_kernel(
     C: tl.constexpr,
 ):
     """Normalise whole rows; see the reference."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    column_C = tl.arange(0, C)
-    inside_RC = (row_R < num_rows)[:, None] & (column_C < width)[None, :]
-    at_RC = row_R.to(tl.int64)[:, None] * width + column_C[None, :]
+    tile = places(num_rows, width, R, C)
+    row_R, _, inside_RC, at_RC = tile
     value_RC = tl.load(value_ptr + at_RC, mask=inside_RC, other=0)
     exponent_R = tl.load(exponent_ptr + row_R, mask=row_R < num_rows, other=0)
     seen_RC = inside_RC

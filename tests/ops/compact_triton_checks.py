@@ -1,25 +1,19 @@
 """What is to be known about the Triton kernel without a GPU; `test_compact_triton.py` runs this and reads the answer.
 
-    TRITON_INTERPRET=1 python tests/ops/triton_checks.py interpret
-    python tests/ops/triton_checks.py compile
+    TRITON_INTERPRET=1 python tests/ops/compact_triton_checks.py interpret
+    python tests/ops/compact_triton_checks.py compile
 
 Processes of their own, because Triton decides at decoration time whether a kernel is interpreted.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.ops.triton_compile import Variant, main
 
 LENGTHS = {
     "no sequence": [],
@@ -33,7 +27,6 @@ LENGTHS = {
 WIDTHS = (1, 3, 64, 130, 600)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEPT_RATIOS = (0.0, 0.5, 1.0)
-CAPABILITIES = (80, 90, 100)
 
 
 def interpret() -> dict[str, list[str]]:
@@ -44,28 +37,6 @@ def interpret() -> dict[str, list[str]]:
         "many tiles and scans": _differing_loops(),
         "writes elsewhere": _writes_elsewhere(),
     }
-
-
-def compile_ahead_of_time() -> dict[str, Any]:
-    """Compiles the kernel for each GPU; returns what came out, and whether it was imported unasked."""
-    importlib.import_module("lightning_compress.ops.compact")
-    is_imported_unasked = "lightning_compress.ops.compact.triton_kernel" in sys.modules
-    found = []
-    for capability, dtype, offsets, width in itertools.product(
-        CAPABILITIES, ("fp32", "bf16"), ("i32", "i64"), (384, 768)
-    ):
-        kernel = _compiled(capability, dtype, offsets, width)
-        found.append(
-            {
-                "name": f"sm_{capability} {dtype} {offsets} {width}",
-                "capability": capability,
-                "ptx": kernel.asm["ptx"],
-                "cubin_bytes": len(kernel.asm["cubin"]),
-                "shared": kernel.metadata.shared,
-                "resources": _resources(kernel.asm["cubin"]),
-            }
-        )
-    return {"kernels": found, "is_imported_unasked": is_imported_unasked}
 
 
 def _differing_sizes() -> list[str]:
@@ -140,40 +111,18 @@ def _agrees(hidden: Tensor, keep: Tensor, cu_seqlens: Tensor) -> bool:
     )
 
 
-def _compiled(capability: int, dtype: str, offsets: str, width: int) -> Any:
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _variants() -> list[Variant]:
+    """Two widths, in both dtypes of hidden states and of offsets."""
     from lightning_compress.ops.compact.triton_kernel import compact_kernel, tile_sizes
 
-    pointers = (dtype, "u8", offsets, dtype, "i64", offsets)
-    types = [*(f"*{pointer}" for pointer in pointers), "i32", "i32", "i32", "i32"]
-    constants = tile_sizes(width)
-    signature = dict(zip(compact_kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
-    aligned = [*range(len(pointers)), compact_kernel.arg_names.index("row_stride")]
-    source = ASTSource(
-        compact_kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(argument,): [["tt.divisibility", 16]] for argument in aligned},
-    )
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32))
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack and of local memory per thread: where spills would go."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(re.findall(rf"\b{name}:(\d+)", shown)[-1]) for name in ("REG", "STACK", "LOCAL")}
+    variants = []
+    for dtype, offsets, width in itertools.product(("fp32", "bf16"), ("i32", "i64"), (384, 768)):
+        kinds = {"hidden_ptr": f"*{dtype}", "keep_ptr": "*u8", "cu_seqlens_ptr": f"*{offsets}"}
+        kinds |= {"out_ptr": f"*{dtype}", "index_ptr": "*i64", "moved_ptr": f"*{offsets}"}
+        name = f"{dtype} {offsets} {width}"
+        variants.append(Variant(name, compact_kernel, kinds, tile_sizes(width), aligned=("row_stride",)))
+    return variants
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    checks = {"interpret": interpret, "compile": compile_ahead_of_time}
-    json.dump(checks[sys.argv[1]](), sys.stdout)
+    main(interpret, ("compact",), _variants)
