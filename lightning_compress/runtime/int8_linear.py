@@ -8,6 +8,7 @@ Shape legend: M rows of the input, N outputs, K inputs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,7 +29,26 @@ _INT_MM_ROWS = 17
 _int_mm: Any = getattr(torch, "_int_mm")  # noqa: B009 - it is not exported
 
 
-class Int8Engine(RowEngine):
+class _IntegerEngine(RowEngine):
+    """What engines of integers have in common; each lays the weight out as its kernels want it."""
+
+    def __init__(
+        self,
+        weight_NK: Tensor,
+        scales_N: Tensor,
+        bias_N: Tensor | LiveBias | None,
+        input_format: BlockFormat | None = None,
+    ) -> None:
+        self._format = _rows_or_tensor(input_format or BlockFormat())
+        self._scales_N, self._bias = scales_N.float(), LiveBias.of(bias_N)
+        self.num_outputs = weight_NK.shape[0]
+        self._lay_out(weight_NK)
+
+    @abstractmethod
+    def _lay_out(self, weight_NK: Tensor) -> None: ...
+
+
+class Int8Engine(_IntegerEngine):
     """Integers times integers on CPU: inputs are rounded anew at every call, as their format says.
 
     By oneDNN, and up to 8 rows by fbgemm where torch has it and factors are scales; the weight is then held twice.
@@ -54,22 +74,14 @@ class Int8Engine(RowEngine):
         [[64.0]]
     """
 
-    def __init__(
-        self,
-        weight_NK: Tensor,
-        scales_N: Tensor,
-        bias_N: Tensor | LiveBias | None,
-        input_format: BlockFormat | None = None,
-    ) -> None:
-        self._format = _rows_or_tensor(input_format or BlockFormat())
+    def _lay_out(self, weight_NK: Tensor) -> None:
         if not has_int8_kernels():
             raise RuntimeError(
                 "this processor or this build of torch multiplies no 8-bit integers (oneDNN with VNNI does): use the "
                 'backend "bf16" or "fp32"'
             )
         self._weight = torch.ops.onednn.qlinear_prepack(weight_NK.contiguous(), None)
-        self._scales_N, self._zeros_N = scales_N.float(), torch.zeros_like(scales_N, dtype=torch.int32)
-        self._bias, self.num_outputs = LiveBias.of(bias_N), weight_NK.shape[0]
+        self._zeros_N = torch.zeros_like(self._scales_N, dtype=torch.int32)
         is_few = self._format.factor == "scale" and has_fbgemm()
         self._few = FbgemmProduct(weight_NK, self._scales_N) if is_few else None
 
@@ -104,7 +116,7 @@ class Int8Engine(RowEngine):
         )  # fmt: skip
 
 
-class CudaInt8Engine(RowEngine):
+class CudaInt8Engine(_IntegerEngine):
     """The same on CUDA, by the integer tensor cores.
 
     Args:
@@ -117,22 +129,13 @@ class CudaInt8Engine(RowEngine):
         ValueError: If the format has other blocks, or a size is no multiple of 8.
     """
 
-    def __init__(
-        self,
-        weight_NK: Tensor,
-        scales_N: Tensor,
-        bias_N: Tensor | LiveBias | None,
-        input_format: BlockFormat | None = None,
-    ) -> None:
-        self._format = _rows_or_tensor(input_format or BlockFormat())
+    def _lay_out(self, weight_NK: Tensor) -> None:
         if any(size % 8 for size in weight_NK.shape):
             raise ValueError(
                 f"the weight is shaped {tuple(weight_NK.shape)}, and integer tensor cores want multiples of 8: use the "
                 'backend "bf16" for this layer'
             )
         self._weight_KN = weight_NK.contiguous().t()
-        self._scales_N, self._bias = scales_N.float(), LiveBias.of(bias_N)
-        self.num_outputs = weight_NK.shape[0]
 
     def rows(self, x_MK: Tensor) -> Tensor:
         """Map at least one row, to float32 ``[M, N]``."""
