@@ -10,6 +10,7 @@ Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), which do not train; q
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from lightning_compress.nn.width_slimming import WidthGates
 __all__ = ["QuantizationGate", "QuantizationGates"]
 
 
-class QuantizationGate:
+class QuantizationGate(ABC):
     """A forward hook in whose place something will be quantised; it stays in its place.
 
     What a module puts out is computed anew while anything of the rounding is seen.
@@ -55,11 +56,11 @@ class QuantizationGate:
         kept = tuple(None if part is None else part.kept() for part in (self.inputs, self.outputs))
         return self.rounded(module, args[0], output, *kept)
 
+    @abstractmethod
     def rounded(
         self, module: Any, x: Tensor, output: Tensor, inputs_K: Tensor | None, outputs_N: Tensor | None
     ) -> Tensor:
         """Return the rounded output."""
-        raise NotImplementedError
 
 
 class QuantizationGates:
