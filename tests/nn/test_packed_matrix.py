@@ -5,6 +5,7 @@ import torch
 
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.packed_matrix import PackedMatrix
+from tests.nn.toys_blocks import rounded_slowly
 
 FORMATS = [
     BlockFormat(bits, block, factor)
@@ -20,27 +21,13 @@ def stored(weight_RC: torch.Tensor, held: BlockFormat) -> PackedMatrix:
     return matrix
 
 
-def slowly(weight_RC: torch.Tensor, held: BlockFormat) -> torch.Tensor:
-    """Block by block, in float64: the nearest multiples of the block's factor."""
-    result = torch.empty_like(weight_RC, dtype=torch.float64)
-    heights, widths = (side or size for side, size in zip(held.block, weight_RC.shape, strict=True))
-    for top in range(0, weight_RC.shape[0], heights):
-        for left in range(0, weight_RC.shape[1], widths):
-            tile = weight_RC[top : top + heights, left : left + widths].double()
-            factor = tile.abs().max() / held.largest
-            if held.factor == "shift":
-                factor = 2.0 ** torch.ceil(torch.log2(factor))
-            result[top : top + heights, left : left + widths] = torch.round(tile / factor) * factor
-    return result
-
-
 @pytest.mark.parametrize("held", FORMATS, ids=str)
 def test_a_matrix_is_held_to_the_nearest_numbers_of_each_block(held):
     weight_RC = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     matrix = stored(weight_RC, held)
     dequantized_RC = matrix.dequantized_weight()
     assert dequantized_RC.dtype == torch.float32
-    torch.testing.assert_close(dequantized_RC.double(), slowly(weight_RC, held), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dequantized_RC.double(), rounded_slowly(weight_RC, held), rtol=1e-6, atol=1e-7)
     assert matrix.weight_int8().abs().max() <= held.largest
     assert matrix.storage_bytes * 8 == held.storage_bits((5, 7))
     assert matrix.kept_parameters == 35

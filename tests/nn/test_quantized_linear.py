@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.quantized_linear import QuantizedLinear, check_product_formats
+from tests.nn.toys_blocks import rounded_slowly
 
 FORMATS = [
     (BlockFormat(8), BlockFormat(8)),
@@ -23,25 +24,12 @@ def random_linear(inputs: int = 12, outputs: int = 7, bias: bool = True) -> nn.L
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def rounded(matrix_RC: torch.Tensor, held: BlockFormat) -> torch.Tensor:
-    """What a matrix becomes in blocks, tile by tile in float64."""
-    result = torch.empty_like(matrix_RC, dtype=torch.float64)
-    heights, widths = (side or size for side, size in zip(held.block, matrix_RC.shape, strict=True))
-    for top in range(0, matrix_RC.shape[0], heights):
-        for left in range(0, matrix_RC.shape[1], widths):
-            tile = matrix_RC[top : top + heights, left : left + widths].double()
-            factor = tile.abs().max() / held.largest
-            factor = 2.0 ** torch.ceil(torch.log2(factor)) if held.factor == "shift" else factor
-            result[top : top + heights, left : left + widths] = torch.round(tile / factor) * factor
-    return result
-
-
 @pytest.mark.parametrize(("weight", "inputs"), FORMATS, ids=str)
 def test_the_output_is_the_product_of_the_rounded_matrices(weight, inputs):
     linear, x_BTK = random_linear(), torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
     layer = QuantizedLinear.from_linear(linear, weight, inputs)
-    x_MK = rounded(x_BTK.flatten(0, 1), inputs)
-    expected = x_MK @ rounded(linear.weight.detach(), weight).T + linear.bias.detach().double()
+    x_MK = rounded_slowly(x_BTK.flatten(0, 1), inputs)
+    expected = x_MK @ rounded_slowly(linear.weight.detach(), weight).T + linear.bias.detach().double()
     actual = layer(x_BTK)
     assert actual.shape == (2, 3, 7) and actual.dtype == torch.float32
     of_sums = (
@@ -65,7 +53,7 @@ def test_weights_alone_are_multiplied_with_inputs_as_they_are():
     linear, x_MK = random_linear(), torch.randn(3, 12)
     held = BlockFormat(4, (1, 4))
     layer = QuantizedLinear.from_linear(linear, held)
-    expected = x_MK.double() @ rounded(linear.weight.detach(), held).T + linear.bias.detach()
+    expected = x_MK.double() @ rounded_slowly(linear.weight.detach(), held).T + linear.bias.detach()
     torch.testing.assert_close(layer(x_MK).double(), expected, rtol=1e-5, atol=1e-6)
     assert layer.bfloat16()(x_MK.bfloat16()).dtype == torch.bfloat16
 
