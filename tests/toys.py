@@ -11,6 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 VOCABULARY, LENGTH = 40, 6
+CLASSIFIERS = [
+    ("bert", "BertForSequenceClassification"),
+    ("roberta", "RobertaForSequenceClassification"),
+    ("distilbert", "DistilBertForSequenceClassification"),
+    ("electra", "ElectraForSequenceClassification"),
+    ("gpt2", "GPT2ForSequenceClassification"),
+    ("llama", "LlamaForSequenceClassification"),
+]
+"""Families of transformers, each with its class."""
 
 
 def tiny_bert(seed: int = 0, **overrides: Any) -> BertForSequenceClassification:

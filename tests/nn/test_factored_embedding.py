@@ -19,16 +19,9 @@ from lightning_compress.nn.factored_embedding import (
 )
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import Ledger, get_module, names_of
+from tests.toys import CLASSIFIERS
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 49]])
-CLASSIFIERS = [
-    ("bert", "BertForSequenceClassification"),
-    ("roberta", "RobertaForSequenceClassification"),
-    ("distilbert", "DistilBertForSequenceClassification"),
-    ("electra", "ElectraForSequenceClassification"),
-    ("gpt2", "GPT2ForSequenceClassification"),
-    ("llama", "LlamaForSequenceClassification"),
-]
 TIED = [
     ("bert", "BertForMaskedLM", {}),
     ("roberta", "RobertaForMaskedLM", {}),

@@ -8,7 +8,8 @@ import torch
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.layer_slices import check_layer, cut_heads, cut_neurons
 from lightning_compress.nn.surgery import Ledger, get_module
-from tests.toys_widths import CLASSIFIERS, lively, logits, zero_heads, zero_neurons
+from tests.toys import CLASSIFIERS
+from tests.toys_widths import lively, logits, zero_heads, zero_neurons
 
 
 @pytest.mark.parametrize(("model_type", "name"), CLASSIFIERS)

@@ -15,15 +15,8 @@ from lightning_compress.nn.quantized_parts import QuantizedActivation, Quantized
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.plan import PlanError
+from tests.toys import CLASSIFIERS
 
-MODELS = [
-    ("bert", "BertForSequenceClassification"),
-    ("roberta", "RobertaForSequenceClassification"),
-    ("electra", "ElectraForSequenceClassification"),
-    ("distilbert", "DistilBertForSequenceClassification"),
-    ("gpt2", "GPT2ForSequenceClassification"),
-    ("llama", "LlamaForSequenceClassification"),
-]
 IDS = torch.tensor([[5, 9, 33, 2, 17, 8], [7, 41, 3, 1, 1, 1]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
@@ -34,7 +27,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factor", ["scale", "shift"])
-@pytest.mark.parametrize("family", MODELS, ids=lambda pair: pair[0])
+@pytest.mark.parametrize("family", CLASSIFIERS, ids=lambda pair: pair[0])
 def test_a_model_with_everything_quantised_to_8_bits_is_near_the_dense_one(tiny, family, factor):
     dense, model = tiny(*family), tiny(*family)
     quantize_model(model, preset("w8a8", factor=factor, operators="all"))
@@ -42,7 +35,7 @@ def test_a_model_with_everything_quantised_to_8_bits_is_near_the_dense_one(tiny,
     torch.testing.assert_close(logits(model), logits(dense), rtol=0.0, atol=5e-3)
 
 
-@pytest.mark.parametrize("family", MODELS, ids=lambda pair: pair[0])
+@pytest.mark.parametrize("family", CLASSIFIERS, ids=lambda pair: pair[0])
 @pytest.mark.parametrize(
     "formats",
     [

@@ -11,20 +11,11 @@ from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.nn.surgery import Ledger
 from lightning_compress.nn.width_costs import Counts, WidthCosts
 from lightning_compress.nn.width_surgery import Widths, apply_widths
-from tests.toys import tiny_bert
-
-FAMILIES = {
-    "bert": "BertForSequenceClassification",
-    "roberta": "RobertaForSequenceClassification",
-    "electra": "ElectraForSequenceClassification",
-    "distilbert": "DistilBertForSequenceClassification",
-    "gpt2": "GPT2ForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-}
+from tests.toys import CLASSIFIERS, tiny_bert
 
 
 @pytest.mark.parametrize("scope", ["linear", "encoder", "total"])
-@pytest.mark.parametrize(("model_type", "class_name"), FAMILIES.items())
+@pytest.mark.parametrize(("model_type", "class_name"), CLASSIFIERS)
 def test_the_formula_counts_what_the_cut_model_has(
     model_type: str, class_name: str, scope: Any, tiny: Any
 ) -> None:

@@ -15,17 +15,9 @@ from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from lightning_compress.nn.surgery import Ledger, get_module
 from lightning_compress.nn.width_slimming import WidthGates, as_deployed
 from lightning_compress.nn.width_surgery import apply_widths
-from tests.toys import tiny_bert
+from tests.toys import CLASSIFIERS, tiny_bert
 
-FAMILIES = {
-    "bert": "BertForSequenceClassification",
-    "roberta": "RobertaForSequenceClassification",
-    "electra": "ElectraForSequenceClassification",
-    "distilbert": "DistilBertForSequenceClassification",
-    "gpt2": "GPT2ForSequenceClassification",
-    "llama": "LlamaForSequenceClassification",
-}
-EVERY_FAMILY = pytest.mark.parametrize(("model_type", "class_name"), FAMILIES.items())
+EVERY_FAMILY = pytest.mark.parametrize(("model_type", "class_name"), CLASSIFIERS)
 
 
 def ids() -> Tensor:
@@ -73,7 +65,7 @@ def test_a_gated_model_computes_what_the_cut_one_does(model_type: str, class_nam
 
 @pytest.mark.parametrize(
     ("model_type", "class_name"),
-    [*FAMILIES.items(), ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")],
+    [*CLASSIFIERS, ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")],
 )
 def test_closed_hidden_dimensions_are_cut_ones(model_type: str, class_name: str, tiny: Any) -> None:
     model = tiny(model_type, class_name)

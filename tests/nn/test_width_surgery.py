@@ -22,7 +22,8 @@ from lightning_compress.nn.width_surgery import Widths, apply_widths, restore_wi
 from lightning_compress.plan import CompressionPlan, MethodRecord, PlanError
 from lightning_compress.runtime.packing import pack, unpack
 from lightning_compress.runtime.static import make_static
-from tests.toys_widths import CLASSIFIERS, IDS, MASK, lively, logits, zero_heads, zero_neurons
+from tests.toys import CLASSIFIERS
+from tests.toys_widths import IDS, MASK, lively, logits, zero_heads, zero_neurons
 
 POST_NORM = CLASSIFIERS[:4]
 LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")]
