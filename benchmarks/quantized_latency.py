@@ -89,6 +89,7 @@ def rivals_of(
     yield "packed bf16", lambda *_: in_torch(_packed(bf16))
     for name in ("w8a8", "w4a8"):
         yield name, lambda shape, _, name=name: in_torch(_quantized(dense, name, shape))
+        yield f"{name} bf16", lambda shape, _, name=name: in_torch(_quantized(bf16, name, shape))
         yield f"{name} packed", lambda shape, _, name=name: in_torch(_quantized(_packed(dense), name, shape))
     yield (
         "w8a8 packed, all int8",
