@@ -1,4 +1,3 @@
-import copy
 import json
 import math
 
@@ -6,6 +5,7 @@ import pytest
 
 from lightning_compress.report.dropping_record import DroppingRecord, TokenText
 from lightning_compress.report.record import RunRecord, StepRecord
+from tests.report.records import with_value
 
 
 def test_a_record_with_tokens_there_and_back_is_the_same(dropping_run: dict):
@@ -52,13 +52,8 @@ def test_the_mean_is_over_layers():
     ],
 )
 def test_an_impossible_value_is_refused_by_name(dropping_run: dict, path: tuple, value: object, message: str):
-    data = copy.deepcopy(dropping_run)
-    inner = data["dropping"]
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        RunRecord.from_dict(data)
+        RunRecord.from_dict(with_value(dropping_run, "dropping", *path, value=value))
 
 
 def test_a_part_of_another_kind_is_refused(run: dict):

@@ -1,4 +1,3 @@
-import copy
 import json
 import math
 
@@ -7,6 +6,7 @@ import pytest
 from lightning_compress.report.exit_record import ExitPointRecord, ExitsRecord
 from lightning_compress.report.record import RunRecord
 from lightning_compress.runtime.exit_trial import ExitPoint
+from tests.report.records import with_value
 
 
 def test_a_record_with_exits_there_and_back_is_the_same(exit_run: dict):
@@ -59,13 +59,8 @@ def test_points_of_a_trial_are_told_as_shares_of_the_dense_flops():
     ],
 )
 def test_an_impossible_value_is_refused_by_name(exit_run: dict, path: tuple, value: object, message: str):
-    data = copy.deepcopy(exit_run)
-    inner = data["exits"]
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        RunRecord.from_dict(data)
+        RunRecord.from_dict(with_value(exit_run, "exits", *path, value=value))
 
 
 def test_a_part_of_another_kind_is_refused(run: dict):

@@ -1,10 +1,10 @@
-import copy
 import json
 import math
 
 import pytest
 
 from lightning_compress.report.record import LayerRank, RunRecord, StepRecord
+from tests.report.records import with_value
 
 
 def test_a_record_there_and_back_is_the_same(run: dict):
@@ -57,13 +57,8 @@ def test_an_unknown_field_is_refused_by_name(run: dict):
     ],
 )
 def test_an_impossible_value_is_refused_by_name(run: dict, path: tuple, value: object, message: str):
-    data = copy.deepcopy(run)
-    inner = data
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        RunRecord.from_dict(data)
+        RunRecord.from_dict(with_value(run, *path, value=value))
 
 
 def test_losses_that_are_not_numbers_survive_json_as_null(run: dict):

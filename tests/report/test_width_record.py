@@ -1,4 +1,3 @@
-import copy
 import json
 
 import pytest
@@ -7,6 +6,7 @@ from transformers import BertConfig, BertModel
 from lightning_compress.deploy import quantize
 from lightning_compress.report.record import RunRecord
 from lightning_compress.report.width_record import KeptOf, LayerWidth
+from tests.report.records import with_value
 
 
 def test_a_record_with_widths_there_and_back_is_the_same(width_run: dict):
@@ -55,13 +55,8 @@ def test_layers_are_counted_beside_the_dense_ones_whatever_their_bits():
     ],
 )
 def test_an_impossible_value_is_refused_by_name(width_run: dict, path: tuple, value: object, message: str):
-    data = copy.deepcopy(width_run)
-    inner = data["widths"]
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        RunRecord.from_dict(data)
+        RunRecord.from_dict(with_value(width_run, "widths", *path, value=value))
 
 
 def test_a_part_of_another_kind_is_refused(run: dict):
