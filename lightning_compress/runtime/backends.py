@@ -21,7 +21,7 @@ from lightning_compress.runtime.packing import packed_encoder
 
 __all__ = ["check_backend", "use_backend"]
 
-_MEASURED = ("int8", "bf16", "fp32")
+_MEASURED = ("int8", "triton", "bf16", "fp32")
 _SAMPLE = 4
 """Layers of each shape that are measured."""
 
@@ -40,17 +40,17 @@ def use_backend(
 ) -> BackendReport:
     """Let the quantised linears of a model be computed fast, where gradients are off; in place.
 
-    With ``"auto"`` each shape is timed with the model's own weights, in ``"int8"``, ``"bf16"`` and ``"fp32"``, as far
-    as they can compute it, and gets the fastest. ``"int8"`` multiplies the same integers as the reference does. The
-    others leave inputs as they are, which costs no accuracy: weights are those of the artefact in every backend but
-    ``"bnb8"`` and ``"nf4"``, which round them once more.
+    With ``"auto"`` each shape is timed with the model's own weights, in ``"int8"``, ``"triton"``, ``"bf16"`` and
+    ``"fp32"``, as far as they can compute it, and gets the fastest. The first two multiply the same integers as the
+    reference does, ``"triton"`` in any blocks and on CUDA only. The others leave inputs as they are, which costs no
+    accuracy: weights are those of the artefact in every backend but ``"bnb8"`` and ``"nf4"``, which round them again.
 
     Nothing of it is saved or copied: copies, moves, casts and loads go back to the reference, and this is called again.
 
     Args:
         model: A model with quantised linears, as ``quantize`` or ``load`` return it; for encoders, ``pack`` it first.
-        backend: ``"auto"``, one of ``"int8"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or ``"reference"``; or,
-            for each layer by its path, such a name: what an earlier report's ``choices`` hold.
+        backend: ``"auto"``, one of ``"int8"``, ``"triton"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or
+            ``"reference"``; or, for each layer by its path, such a name: what an earlier report's ``choices`` hold.
         batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
         one_factor: Let ``"int8"`` round all rows of a call by one factor: on processors by PyTorch's own dynamic
             quantisation. Faster; but then texts of a batch change each other's rounding, outliers of one row cost all

@@ -1,7 +1,7 @@
 """Engines that multiply integers by integers: inputs are rounded anew at every call.
 
 Built from integers ``[N, K]`` and a scale for each output. The next chapter is
-:mod:`lightning_compress.runtime.linear_backends`, where engines have names.
+:mod:`lightning_compress.runtime.block_linear`, for blocks of other shapes.
 
 Shape legend: M rows of the input, N outputs, K inputs.
 """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.few_bits import few_bit_linear, few_bit_multiple
 from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.runtime.block_linear import BlockEngine
 from lightning_compress.runtime.dynamic_linear import DynamicEngine, has_dynamic_kernels
 from lightning_compress.runtime.fast_linear import (
     DenseEngine,
@@ -31,11 +32,14 @@ from lightning_compress.runtime.live_bias import LiveBias
 
 __all__ = ["BACKENDS", "build_engine", "output_scales", "refusal"]
 
-BACKENDS = ("int8", "bf16", "fp32", "bnb8", "nf4")
-"""Integers times integers; inputs as they are times the weight in bfloat16, in float32, or in 8 or 4 bits by
-bitsandbytes."""
+BACKENDS = ("int8", "triton", "bf16", "fp32", "bnb8", "nf4")
+"""Integers times integers by whole rows, or in any blocks by Triton; inputs as they are times the weight in bfloat16,
+in float32, or in 8 or 4 bits by bitsandbytes."""
 
 _FEW_BITS = {"bnb8": 8, "nf4": 4}
+_FLOAT_INPUTS = (
+    'its inputs are not quantised; use "bf16" or "fp32", or a preset that quantises them, such as "w8a8"'
+)
 
 
 def build_engine(
@@ -70,6 +74,10 @@ def build_engine(
             return DynamicEngine(weight_NK, scales_N, bias)
         engine = CudaInt8Engine if weight_NK.is_cuda else Int8Engine
         return engine(weight_NK, scales_N, bias, held)
+    if backend == "triton":
+        held, columns = _rounding(parts[0], one_factor=False), parts[0].weight_format.block[1]
+        weight_NK = _stacked([part.weight_int8() for part in parts])
+        return BlockEngine(weight_NK, _stacked([_row_factors(part) for part in parts]), bias, columns, held)
     weight_NK = torch.cat([part.dequantized_weight() for part in parts])
     if backend in _FEW_BITS:
         return ModuleEngine(few_bit_linear(_dense(weight_NK, bias), _FEW_BITS[backend]))
@@ -89,10 +97,14 @@ def refusal(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {list(BACKENDS)}")
     parts = [layers] if isinstance(layers, QuantizedLinear) else list(layers)
-    if len({(part.input_format, part.weight_payload.device, part.bias is None) for part in parts}) > 1:
-        return "the layers differ in device, in bias or in the format of inputs, and cannot be joined"
+    if len({_what_joined_layers_share(part) for part in parts}) > 1:
+        return (
+            "the layers differ in device, bias, format of inputs or columns of blocks, and cannot be joined"
+        )
     if backend == "int8":
         return _int8_refusal(parts, one_factor)
+    if backend == "triton":
+        return _triton_refusal(parts)
     return _few_bits_refusal(parts, _FEW_BITS[backend]) if backend in _FEW_BITS else None
 
 
@@ -104,21 +116,35 @@ def output_scales(layer: QuantizedLinear) -> Tensor | None:
         >>> output_scales(layer).shape
         torch.Size([3])
     """
-    factors_FG, rows = layer.weight_factors, layer.weight_format.block[0]
-    if factors_FG.shape[1] != 1:
+    if layer.weight_factors.shape[1] != 1:
         return None
-    factors_F = factors_FG[:, 0]
-    scales_F = factors_F if factors_F.dtype == torch.float32 else torch.exp2(factors_F.float())
-    return scales_F.repeat_interleave(rows or layer.out_features)[: layer.out_features]
+    factors_N = _row_factors(layer)[:, 0]
+    return factors_N if factors_N.dtype == torch.float32 else torch.exp2(factors_N.float())
+
+
+def _row_factors(layer: QuantizedLinear) -> Tensor:
+    """Return the factors of each output's blocks, ``[N, G]``, however many outputs share them."""
+    factors_FG, rows = layer.weight_factors, layer.weight_format.block[0]
+    if rows == 1:
+        return factors_FG
+    return factors_FG.repeat_interleave(rows or layer.out_features, 0)[: layer.out_features]
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _what_joined_layers_share(part: QuantizedLinear) -> tuple[object, ...]:
+    return part.input_format, part.weight_format.block[1], part.weight_payload.device, part.bias is None
 
 
 def _int8_refusal(parts: list[QuantizedLinear], one_factor: bool) -> str | None:
     held, device = parts[0].input_format, parts[0].weight_payload.device.type
     if held is None:
-        return 'its inputs are not quantised; use "bf16" or "fp32", or a preset that quantises them, such as "w8a8"'
+        return _FLOAT_INPUTS
     if not one_factor and held.block not in ((1, 0), (0, 0)):
         return f"its inputs are in blocks {held.block}, and integers are multiplied fast by whole rows only"
-    if any(output_scales(part) is None for part in parts):
+    if any(part.weight_factors.shape[1] != 1 for part in parts):
         return (
             f"its weight is in blocks {parts[0].weight_format.block}, with several factors for an output; quantise it "
             'by rows, or use "bf16" or "fp32"'
@@ -130,6 +156,16 @@ def _int8_refusal(parts: list[QuantizedLinear], one_factor: bool) -> str | None:
         )
     if device != "cpu" or not has_int8_kernels():
         return "this device has no such kernels (a processor with VNNI or CUDA has)"
+    return None
+
+
+def _triton_refusal(parts: list[QuantizedLinear]) -> str | None:
+    if parts[0].input_format is None:
+        return _FLOAT_INPUTS
+    if parts[0].weight_payload.device.type != "cuda":
+        return 'Triton kernels run on CUDA; on a processor use "int8", "bf16" or "fp32"'
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install lightning-compress[triton]"
     return None
 
 

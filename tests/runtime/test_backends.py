@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.block_format import BlockFormat
@@ -151,6 +152,27 @@ def test_the_fastest_of_those_that_can_is_chosen_for_each_shape(bert, monkeypatc
     }
     assert [timing.num_outputs for timing in report.timings] == [96, 32, 48, 32]
     assert capsys.readouterr().out == f"{report}\n"
+
+
+@pytest.mark.parametrize(("block", "first"), [((1, 0), ("int8",)), ((16, 16), ()), ((1, 16), ())])
+def test_on_cuda_triton_is_measured_with_the_others(block, first, monkeypatch):
+    asked: list[tuple[str, ...]] = []
+
+    def told(engines, num_inputs, rows, like):
+        asked.append(tuple(engines))
+        assert like.device.type == "cuda"
+        return {name: (1.0 if name == "triton" else 2.0,) for name in engines}
+
+    monkeypatch.setattr(backends, "time_engines", told)
+    monkeypatch.setattr(backends, "build_engine", lambda name, *_, **__: lambda x: name)
+    formats = BlockFormat(block=block), BlockFormat(block=(1, block[1]))
+    with FakeTensorMode():  # needs no GPU
+        model = nn.Sequential(QuantizedLinear(32, 32, *formats, device="cuda"))
+        report = use_backend(model, "auto", batch_tokens=(2,), verbose=False)
+    assert asked == [(*first, "triton", "bf16", "fp32")]
+    assert report.choices == {"0": "triton"}
+    with torch.no_grad():
+        assert model(torch.empty(1, 32)) == "triton"
 
 
 def test_what_was_chosen_once_can_be_chosen_again_without_measuring(bert, monkeypatch):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.quantized_linear import QuantizedLinear
@@ -19,7 +20,7 @@ def layer(
 
 
 def able(name: str) -> bool:
-    return name != "int8" or has_int8_kernels()
+    return name != "triton" and (name != "int8" or has_int8_kernels())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,9 +113,55 @@ def test_a_processor_without_kernels_is_told(monkeypatch):
     assert "VNNI" in str(refusal("int8", layer()))
 
 
+@pytest.mark.parametrize("block", [(1, 0), (1, 16), (16, 16), (0, 0)])
+def test_triton_is_there_for_all_blocks_on_cuda_alone(block, monkeypatch):
+    inputs = BlockFormat(block=(1, block[1]))
+    assert "run on CUDA" in str(refusal("triton", layer(BlockFormat(block=block), inputs)))
+    with FakeTensorMode():  # needs no GPU
+        parts = [QuantizedLinear(64, 64, BlockFormat(block=block), inputs, device="cuda") for _ in range(3)]
+        floating = QuantizedLinear(64, 64, BlockFormat(block=block), device="cuda")
+    assert refusal("triton", parts[0]) is refusal("triton", parts) is None
+    assert "not quantised" in str(refusal("triton", floating))
+    monkeypatch.setattr(linear_backends, "find_spec", lambda name: None)
+    assert "lightning-compress[triton]" in str(refusal("triton", parts[0]))
+
+
+BLOCKS = [((1, 0), (1, 0)), ((1, 16), (1, 16)), ((16, 16), (1, 16)), ((5, 0), (1, 16)), ((0, 0), (1, 0))]
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+def test_blocks_of_several_layers_are_one_product_equal_to_the_references(blocks, bits, factor, monkeypatch):
+    monkeypatch.setattr(
+        linear_backends, "_triton_refusal", lambda parts: None
+    )  # what runs is the operators' CPU form
+    formats, x = [BlockFormat(bits, block, factor) for block in blocks], torch.randn(2, 5, 64)
+    parts = [layer(*formats, outputs=size) for size in (64, 32, 7)]
+    with torch.no_grad():
+        expected = [part(x) for part in parts]
+        assert torch.equal(build_engine("triton", parts[0])(x), expected[0])
+        assert torch.equal(build_engine("triton", parts)(x), torch.cat(expected, dim=-1))
+        assert build_engine("triton", parts)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@pytest.mark.parametrize("rows", [1, 37, 300])
+def test_on_a_gpu_triton_computes_what_the_reference_does_on_the_processor(blocks, factor, rows):
+    formats, x = [BlockFormat(8, block, factor) for block in blocks], torch.randn(rows, 64)
+    parts = [layer(*formats, outputs=size) for size in (64, 32, 7)]
+    with torch.no_grad():
+        expected = torch.cat([part(x) for part in parts], dim=-1)
+        engine = build_engine("triton", [part.cuda() for part in parts])
+        assert torch.equal(engine(x.cuda()).cpu(), expected)
+
+
 def test_layers_that_differ_cannot_be_joined():
     assert "cannot be joined" in str(refusal("fp32", [layer(), layer(inputs=None)]))
     assert "cannot be joined" in str(refusal("fp32", [layer(), layer(bias=False)]))
+    assert "cannot be joined" in str(refusal("fp32", [layer(), layer(BlockFormat(block=(1, 16)))]))
 
 
 def test_a_backend_that_is_unknown_is_refused_with_those_there_are():
