@@ -88,8 +88,7 @@ def use_backend(
         choices = _measure(layers, groups, tuple(batch_tokens), one_factor, like, timings)
     else:
         choices = _named(backend, layers)
-    if backend != "reference":
-        _install(layers, groups, choices, one_factor)
+    _install(layers, groups, choices, one_factor)
     encoder = packed_encoder(model)
     if encoder is not None:
         encoder.states = states
@@ -109,7 +108,7 @@ def check_backend(backend: str | Mapping[str, str]) -> None:
         >>> check_backend("auto")
     """
     names = [backend] if isinstance(backend, str) else sorted(set(backend.values()))
-    known = [*BACKENDS, *(["auto", "reference"] if isinstance(backend, str) else [])]
+    known = [*BACKENDS, "reference", *(["auto"] if isinstance(backend, str) else [])]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         raise ValueError(f"backend={unknown!r} is not one of {known}")
@@ -182,8 +181,9 @@ def _install(
     choices: Mapping[str, str],
     one_factor: bool,
 ) -> None:
-    """Give each layer its engine; first those are refused that cannot be."""
-    for path, name in choices.items():
+    """Give each layer its engine, unless the reference is to compute it; first those are refused that cannot be."""
+    engines = {path: name for path, name in choices.items() if name != "reference"}
+    for path, name in engines.items():
         reason = refusal(name, layers[path], one_factor=one_factor)
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot compute {path!r}: {reason}")
@@ -191,11 +191,13 @@ def _install(
         parts = [layers[path] for path in group]
         names = {choices[path] for path in group}
         build = {
-            path: partial(build_engine, choices[path], layers[path], one_factor=one_factor) for path in group
+            path: partial(build_engine, engines[path], layers[path], one_factor=one_factor)
+            for path in group
+            if path in engines
         }
-        if len(group) == 1 or len(names) > 1:
-            for path in group:
-                layers[path].engine = build[path]()
+        if len(names) > 1 or len(build) < 2:
+            for path, build_one in build.items():
+                layers[path].engine = build_one()
             continue
         whole = partial(build_engine, names.pop(), parts, one_factor=one_factor)
         joined = JoinedEngine(whole, [part.out_features for part in parts])

@@ -124,6 +124,21 @@ def test_other_weights_go_back_to_the_reference(bert, change):
     assert torch.equal(logits(change(model)), expected)
 
 
+def test_layers_can_stay_with_the_reference_by_name_and_all_choices_can_be_given_again(bert):
+    reference = use_backend(bert, "reference", verbose=False).choices
+    before = logits(bert)
+    assert set(reference.values()) == {"reference"}
+    assert use_backend(bert, reference, verbose=False).choices == reference
+    assert torch.equal(logits(bert), before)
+    some = dict.fromkeys(reference, "reference") | dict.fromkeys(list(reference)[:2], "bf16")
+    use_backend(bert, some, verbose=False)
+    engines = [
+        part.engine is not None for _, part in bert.named_modules() if isinstance(part, QuantizedLinear)
+    ]
+    assert sum(engines) == 2 and all(engines[:2])
+    close(logits(bert), before, 0.05)
+
+
 def test_a_copy_leaves_the_engines_of_the_model_alone(bert):
     use_backend(bert, "bf16", verbose=False)
     fast = logits(bert)
@@ -272,7 +287,7 @@ def test_any_module_with_quantised_linears_will_do():
 
 
 def test_names_are_known_before_there_is_a_model():
-    for known in ("auto", "reference", "nf4", {"a": "bf16", "b": "int8"}):
+    for known in ("auto", "reference", "nf4", {"a": "bf16", "b": "reference"}):
         check_backend(known)
     for unknown in ("int5", {"a": "bf16", "b": "auto"}):
         with pytest.raises(ValueError, match="is not one of"):
