@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_dequantize import block_dequantize
 from lightning_compress.ops.block_matmul import MAX_GUARD_BITS
-from lightning_compress.ops.block_matmul.reference import bias_exponents
+from lightning_compress.ops.block_matmul.reference import bias_exponents, largest_exponents
 from lightning_compress.ops.block_quantize import block_quantize
 from lightning_compress.ops.block_quantize.reference import power_of_two
 
@@ -164,8 +164,10 @@ def _aligned_product(
     guard_bits: int,
 ) -> Tensor:
     """Sum the products of blocks as integers aligned to the largest exponent, which float64 holds."""
-    pairs_MNQ = a_exponent_MQ.int()[..., :, None, :] + b_exponent_NQ.int()[..., None, :, :]
-    exponent_MN = pairs_MNQ.amax(-1)
+    num_blocks = max(a_exponent_MQ.shape[-1], b_exponent_NQ.shape[-1])
+    exponent_MN = largest_exponents(
+        *(factor.expand(*factor.shape[:-1], num_blocks) for factor in (a_exponent_MQ, b_exponent_NQ))
+    )
     if bias_N is not None:
         exponent_MN = torch.maximum(exponent_MN, bias_exponents(bias_N, guard_bits))
     unit_MN = power_of_two(guard_bits - exponent_MN).double()

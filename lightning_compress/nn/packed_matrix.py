@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,3 +104,8 @@ class PackedMatrix(nn.Module):
         if self.weight_factors.dtype != factors_FG.dtype:
             self.weight_factors = factors_FG.to(self.weight_factors.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Take over what was saved; factors of another dtype, assigned instead of copied, get their own again."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight_factors = self.weight_factors.to(_FACTOR_DTYPES[self.weight_format.factor])

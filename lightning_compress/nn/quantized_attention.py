@@ -44,9 +44,9 @@ class BlockAttention:
 
     Each head's query, key and value are matrices ``[tokens, E]`` in blocks of their own. A row of P is integers of 8
     bits, without a sign, times a power of two of its own: rows that spread over hundreds of keys keep their digits.
-    A token's value has a factor of its own, so that P V sums products of different exponents: they are summed without
-    rounding (in float64 with shifts, as an integer of 64 bits would; in float32 with scales). So neither padding nor
-    later tokens change a bit of a result, unless one factor is for all tokens.
+    A token's value has a factor of its own, so that P V sums products of different exponents. With shifts that is done
+    without rounding, in float64 as an integer of 64 bits would: neither padding nor later tokens change a bit of a
+    result, unless one factor is for all tokens. With scales they are summed in float32, in whatever order is fast.
 
     Raises:
         ValueError: If nothing is quantised, or blocks hold several rows but not all.

@@ -136,6 +136,14 @@ def test_gradients_are_those_of_the_product_of_what_is_held(factor: str, leading
         torch.testing.assert_close(found.grad, expected.grad)
 
 
+def test_aligning_exponents_takes_no_memory_for_every_pair_of_blocks():
+    a, b, held = torch.randn(512, 512), torch.randn(512, 512), BlockFormat(8, (1, 16), "shift")
+    profile = torch.profiler.profile(profile_memory=True)
+    with profile:
+        fake_block_matmul(a, b, held, held)
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 512 * 512 * 16
+
+
 @pytest.mark.parametrize("factor", ["scale", "shift"])
 def test_autocast_changes_no_product(factor: str):
     form = BlockFormat(8, (1, 4), factor)  # type: ignore[arg-type]

@@ -60,6 +60,20 @@ def test_the_state_goes_into_a_blank_and_gives_the_same_matrix():
     assert torch.equal(blank.dequantized_weight(), matrix.dequantized_weight())
 
 
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+def test_factors_keep_their_dtype_whatever_is_loaded(factor, assign):
+    matrix = stored(torch.randn(4, 6), BlockFormat(8, (1, 0), factor))
+    before = matrix.dequantized_weight()
+    state = {
+        name: tensor.bfloat16() if "factors" in name else tensor
+        for name, tensor in matrix.state_dict().items()
+    }
+    matrix.load_state_dict(state, assign=assign)
+    assert matrix.weight_factors.dtype == (torch.float32 if factor == "scale" else torch.int8)
+    torch.testing.assert_close(matrix.dequantized_weight(), before, rtol=2**-8, atol=0.0)
+
+
 def test_other_shapes_and_infinities_are_refused():
     matrix = PackedMatrix(2, 3, BlockFormat())
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(2, 3\)"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_compress.ops.block_dequantize.reference import block_dequantize
 from lightning_compress.ops.block_quantize.reference import power_of_two
 
-__all__ = ["bias_exponents", "block_matmul"]
+__all__ = ["bias_exponents", "block_matmul", "largest_exponents"]
 
 TILE = 2**17
 """Outputs at once, so that they stay in the cache while blocks are added."""
@@ -130,7 +130,7 @@ def _shifted_sum(
     fits: bool,
 ) -> Tensor:
     """Sum aligned integers, in int32 where they fit, else in float64, which holds them just as exactly."""
-    exponent_MN = _largest_exponents(a_factor_MQ, b_factor_NQ)
+    exponent_MN = largest_exponents(a_factor_MQ, b_factor_NQ)
     if bias_N is not None:
         exponent_MN = torch.maximum(exponent_MN, bias_exponents(bias_N, guard_bits))
     unit_MN = power_of_two(guard_bits - exponent_MN)
@@ -142,7 +142,18 @@ def _shifted_sum(
     return sum_MN.float() * power_of_two(exponent_MN - guard_bits)
 
 
-def _largest_exponents(a_factor_MQ: Tensor, b_factor_NQ: Tensor) -> Tensor:
+def largest_exponents(a_factor_MQ: Tensor, b_factor_NQ: Tensor) -> Tensor:
+    """Return the largest sum of two exponents that a product of blocks has, int32 ``[..., M, N]``.
+
+    Args:
+        a_factor_MQ: Exponents of each row's blocks, int8.
+        b_factor_NQ: As many for each row of the other matrix.
+
+    Example:
+        >>> a_factor_MQ, b_factor_NQ = torch.tensor([[-3, 2]]).char(), torch.tensor([[4, -2], [0, 1]]).char()
+        >>> largest_exponents(a_factor_MQ, b_factor_NQ)
+        tensor([[1, 3]], dtype=torch.int32)
+    """
     shape = (*a_factor_MQ.shape[:-1], b_factor_NQ.shape[-2])
     largest_MN = a_factor_MQ.new_full(shape, -64)  # of all sums of two exponents the smallest
     for k in range(a_factor_MQ.shape[-1]):
