@@ -14,8 +14,8 @@ it finds them. Rows that the results file already holds are skipped, so the comm
 whole matrix) or ``ROWSxCOLUMNS``. What is compared is the packed model in fp32 with the integer reference on the same
 texts; ``--limit`` takes so many, spread evenly over the test part, and each row tells how many they were. ``lost`` and
 ``gained`` count the texts that the dense model answers right and the quantised one does not, and the other way round.
-``train`` fine-tunes the dense model for some steps more: seeing the rounding from the start (``qat``), or not at all
-until it ends (``after``).
+``train`` fine-tunes the dense model for some steps more: seeing the rounding from the start and in full from the middle
+(``qat``), in full from a tenth of the steps on (``early``), or not at all until it ends (``after``).
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ BLOCKS = ("row", "64x64", "32x32", "1x128", "1x32", "layer")
 FACTORS = ("scale", "shift")
 SINGLE = ("weight", "linear", "embedding", "attention", "softmax", "activation", "norm")
 """One operator at a time; ``weight`` is the linears' weights without their inputs."""
+TRAININGS: dict[str, dict[str, float]] = {
+    "qat": {"start": 0.0},
+    "early": {"start": 0.0, "ramp_end": 0.1},
+    "after": {"start": 1.0},
+}
 
 _BATCH = 32
 
@@ -66,7 +71,7 @@ class Setting:
     factor: str = "scale"
     operators: str = "all"
     training: str = "none"
-    """``"none"``, or for so many steps more ``"qat"`` (seeing the rounding) or ``"after"`` (not seeing it)."""
+    """``"none"``, or for so many steps more one of ``TRAININGS``."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``quantize`` and of the callback."""
@@ -139,10 +144,9 @@ def evaluate(task: str, setting: Setting, limit: int | None) -> Row:
 def train(task: str, setting: Setting, limit: int | None, steps: int, seed: int) -> Row:
     """Fine-tune the dense model for some steps more, quantised in the end, and return the row."""
     seed_everything(seed)
-    start = 0.0 if setting.training == "qat" else 1.0
     done = fit(
         task,
-        [BlockQuantization(**setting.arguments(), start=start)],
+        [BlockQuantization(**setting.arguments(), **TRAININGS[setting.training])],
         str(folder_of(task, "dense", 0)),
         steps,
     )
@@ -303,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--limit", type=int, help="texts to answer, spread over the test part; all by default"
             )
     commands.choices["train"].add_argument(
-        "--training", nargs="+", default=["qat", "after"], choices=["qat", "after"]
+        "--training", nargs="+", default=["qat", "after"], choices=TRAININGS
     )
     commands.choices["train"].add_argument(
         "--steps", type=int, help="by default as many as the data set gets"
