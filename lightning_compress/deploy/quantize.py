@@ -6,7 +6,7 @@ The same at the end of a run, or trained for, is the callback ``BlockQuantizatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -16,8 +16,10 @@ from lightning_compress.deploy.save import attach_plan, plan_of
 from lightning_compress.methods.block_quantization import BlockQuantizationConfig as Config
 from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.nn.block_format import Factor
+from lightning_compress.nn.block_quantization import QuantizationGate
 from lightning_compress.nn.dropping import DroppingEncoder
 from lightning_compress.nn.operator_formats import Preset
+from lightning_compress.nn.rounded_attention import RoundedAttention
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from lightning_compress.nn.width_slimming import WidthGates
 
@@ -25,7 +27,7 @@ __all__ = ["quantize"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_TRAINED = (WidthGates, SoftThresholdLinear, DroppingEncoder)
+_TRAINED = (WidthGates, SoftThresholdLinear, DroppingEncoder, QuantizationGate, RoundedAttention)
 
 
 def quantize(
@@ -60,7 +62,7 @@ def quantize(
 
     Raises:
         ValueError: If a setting is out of its range, the model is quantised already, is in training form, or something
-            in it cannot be quantised. It is as it was then, unless weights are not finite.
+            in it cannot be quantised. It is as it was then, but for adapters where weights are not finite.
 
     Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), "without retraining"; BCT-style, our own design.
 
@@ -75,7 +77,7 @@ def quantize(
     words: Any = {"block": block, "operators": operators, "exclude": exclude, "bits": bits}
     config = Config(preset=preset, factor=factor, **words)
     transformer = find_transformer(model)[1]
-    trained = next((type(m).__name__ for m in transformer.modules() if isinstance(m, _TRAINED)), None)
+    trained = next(_training_forms(transformer), None)
     if trained is not None:
         raise ValueError(
             f"the model is in training form (it has a {trained}): call lightning_compress.convert(module) first, or "
@@ -86,3 +88,10 @@ def quantize(
     attach_plan(model, compressor.convert())
     compressor.forget_stale()
     return model
+
+
+def _training_forms(transformer: nn.Module) -> Iterator[str]:
+    """Yield the kinds of what methods train in a model: modules, hooks, and ways to attend."""
+    for module in transformer.modules():
+        parts = (module, *module._forward_hooks.values(), getattr(module, "block_attention", None))
+        yield from (kind.__name__ for part in parts for kind in _TRAINED if isinstance(part, kind))

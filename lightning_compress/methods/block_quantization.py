@@ -9,7 +9,7 @@ Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), whose bodies were not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -62,9 +62,9 @@ class BlockQuantizationConfig(MethodConfig):
     """Share of training after which it sees all of it, in [start, 1]; by default half of what is left after start."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block", _sides(self.block))
         check_kinds(self)
-        object.__setattr__(self, "block", self.block if self.block == "row" else tuple(self.block))
-        object.__setattr__(self, "exclude", _words(self.exclude))
+        object.__setattr__(self, "exclude", _words("exclude", self.exclude))
         object.__setattr__(self, "bits", _assignments(self.bits))
         object.__setattr__(self, "operators", _named(self.operators, self.preset))
         check(0.0 <= self.start <= 1.0, f"start={self.start} is outside [0, 1]")
@@ -177,13 +177,23 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
     return ledger
 
 
-def _words(value: Any) -> tuple[str, ...]:
+def _sides(block: Any) -> Any:
+    is_pair = isinstance(block, Sequence) and len(block) == 2 and all(type(side) is int for side in block)
+    check(
+        block == "row" or is_pair, f"block={block!r} is neither 'row' nor rows and columns, such as (32, 32)"
+    )
+    return block if block == "row" else tuple(block)
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    is_listed = isinstance(value, Collection)
+    check(is_listed, f"{name}={value!r} is no list of words: give one, empty or with what is meant")
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _named(operators: Any, name: str) -> tuple[str, ...]:
     """Return operators in the order in which they are always named; ``"all"`` is written out."""
-    words = _words(operators)
+    words = _words("operators", operators)
     if words == ("all",):
         return preset(cast(Preset, name), operators="all").operators
     unknown = sorted(set(words) - set(OPERATORS))
@@ -196,12 +206,16 @@ def _named(operators: Any, name: str) -> tuple[str, ...]:
 
 def _assignments(bits: Mapping[str, int] | Sequence[str] | str) -> tuple[str, ...]:
     """Return a mapping, or words like ``"weight=4"``, as words in alphabetical order."""
-    pairs = bits.items() if isinstance(bits, Mapping) else [_assignment(word) for word in _words(bits)]
-    chosen = {name: int(number) for name, number in pairs}
+    is_mapping = isinstance(bits, Mapping)
+    pairs = list(bits.items()) if is_mapping else [_assignment(word) for word in _words("bits", bits)]
+    chosen = dict(pairs)
+    check(len(chosen) == len(pairs), f"bits={bits!r} names something twice")
+    for name, number in pairs:
+        check(type(number) is int, f"bits of {name!r} are {number!r}: give a whole number from 2 to 8")
     return tuple(f"{name}={chosen[name]}" for name in sorted(chosen))
 
 
-def _assignment(word: Any) -> tuple[str, str]:
+def _assignment(word: Any) -> tuple[str, int]:
     name, mark, number = str(word).partition("=")
     check(bool(mark) and number.isdecimal(), f"bits={word!r} is no name and number, such as 'weight=4'")
-    return name, number
+    return name, int(number)

@@ -116,7 +116,8 @@ def preset(
         bits: Other bits for ``weight``, ``input``, ``embedding`` or ``attention``.
 
     Raises:
-        ValueError: If a word is unknown, or ``w8`` is to quantise what is not a weight.
+        ValueError: If a word is unknown, ``w8`` is to quantise what is not a weight, or there are bits for what is not
+            quantised.
 
     Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483) name the operators; bits and blocks could not be read and
     are our own.
@@ -131,7 +132,7 @@ def preset(
     if name not in _BITS:
         raise ValueError(f"preset={name!r} is not one of {list(_BITS)}")
     chosen = _chosen(name, operators)
-    widths = {**_BITS[name], **_overrides(name, bits or {})}
+    widths = {**_BITS[name], **_overrides(name, bits or {}, chosen)}
     rows, columns = (1, 0) if block == "row" else _pair(block)
     static = BlockFormat(8, (rows, columns), factor)
     moving = BlockFormat(8, (min(rows, 1), columns), factor)
@@ -156,10 +157,16 @@ def _chosen(name: str, operators: Sequence[str] | str) -> set[str]:
     return set(words)
 
 
-def _overrides(name: str, bits: Mapping[str, int]) -> Mapping[str, int]:
+def _overrides(name: str, bits: Mapping[str, int], chosen: set[str]) -> Mapping[str, int]:
     unknown = sorted(set(bits) - set(_BITS[name]))
     if unknown:
         raise ValueError(f"bits for {unknown}: preset {name!r} has bits for {sorted(_BITS[name])}")
+    idle = sorted(field for field in bits if _OPERATOR_OF[field] not in chosen)
+    if idle:
+        raise ValueError(
+            f"bits for {idle}, but operators={sorted(chosen)} do not quantise it: name "
+            f"{_OPERATOR_OF[idle[0]]!r} among the operators too, or leave these bits out"
+        )
     return bits
 
 

@@ -53,7 +53,7 @@ def quantize_model(
     Raises:
         TypeError: If ``model`` is not a ``PreTrainedModel``.
         ValueError: If an operator or a pattern finds nothing in this model, something is quantised already or cannot
-            be, or weights are not finite. Nothing has been changed then, except in the last case.
+            be, or weights are not finite. Nothing has been changed then.
 
     Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), without retraining; BCT-style, our own design.
 
@@ -68,6 +68,8 @@ def quantize_model(
          'encoder.layer.0.output.dense']
     """
     places = find_places(model, formats, exclude)
+    for path in (*places["linears"], *places["embeddings"]):
+        _check_finite(model, path)
     structure = {"formats": formats.to_dict(), **places}
     _install(Ledger(model) if ledger is None else ledger, formats, structure, fill=True)
     return structure
@@ -84,6 +86,15 @@ def restore_quantized(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
     ledger = Ledger(model)
     _install(ledger, formats, structure, fill=False)
     return ledger
+
+
+def _check_finite(model: nn.Module, path: str) -> None:
+    weight = cast(nn.Linear, _linear_at(model, path)[1]).weight
+    if not weight.is_meta and not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"the weight of {path} holds NaN or infinities: quantise finite numbers only (did training diverge? a "
+            "smaller learning rate or gradient_clip_val may help), or exclude it"
+        )
 
 
 def _install(ledger: Ledger, formats: OperatorFormats, structure: Mapping[str, Any], *, fill: bool) -> None:

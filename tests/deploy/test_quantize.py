@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lightning_compress import load, pack, plan_of, quantize, save_pretrained
-from lightning_compress.callbacks import MultiExit, SoftThresholdRank, WidthSlimming
+from lightning_compress.callbacks import BlockQuantization, MultiExit, SoftThresholdRank, WidthSlimming
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
 
@@ -96,6 +96,11 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
     ):
         with pytest.raises(ValueError, match=r"match nothing|bits=1|operators="):
             quantize(model, **settings)  # type: ignore[arg-type]
+    table = model.bert.embeddings.word_embeddings.weight.data
+    kept, table[3, 0] = table[3, 0].clone(), torch.inf
+    with pytest.raises(ValueError, match="word_embeddings holds NaN or infinities"):
+        quantize(model)
+    table[3, 0] = kept
     assert list(model.state_dict()) == names and torch.equal(answer(model), before) and plan_of(model) is None
 
 
@@ -105,4 +110,15 @@ def test_a_module_in_training_form_is_refused() -> None:
         module, toy_loader()
     )
     with pytest.raises(ValueError, match="training form \\(it has a SoftThresholdLinear\\)"):
+        quantize(module)
+
+
+@pytest.mark.parametrize(
+    ("operators", "kind"), [("linear", "QuantizationGate"), ("softmax", "RoundedAttention")], ids=str
+)
+def test_a_module_that_trains_for_its_rounding_is_refused(operators: str, kind: str) -> None:
+    module = ToyModule()
+    bits = BlockQuantization(operators=operators, start=0.0, convert=False)
+    toy_trainer(callbacks=[bits]).fit(module, toy_loader())
+    with pytest.raises(ValueError, match=f"training form \\(it has a {kind}\\)"):
         quantize(module)

@@ -52,6 +52,7 @@ def test_single_operators_can_have_other_bits():
         ({"name": "w8a8", "factor": "float"}, "factor='float'"),
         ({"name": "w8", "bits": {"input": 8}}, "input"),
         ({"name": "w8a8", "bits": {"weight": 1}}, "bits=1"),
+        ({"name": "w8a8", "bits": {"attention": 4}}, "name 'attention' among the operators"),
     ],
 )
 def test_unknown_words_are_refused(arguments, message):
