@@ -54,7 +54,7 @@ def use_backend(
         batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
         one_factor: Let ``"int8"`` round all rows of a call by one factor: on processors by PyTorch's own dynamic
             quantisation. Faster; but then texts of a batch change each other's rounding, outliers of one row cost all
-            of them precision, and integers are not those of the reference.
+            of them precision, integers are not those of the reference, and NaN may be taken for an ordinary number.
         bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does where the processor
             has AMX and the backend is ``"auto"``.
         verbose: Print what was chosen.

@@ -24,7 +24,9 @@ class DynamicEngine(RowEngine):
     """Integers times integers on CPU, inputs rounded between the least and the largest of all rows.
 
     These are other integers than those of a :class:`~lightning_compress.nn.block_format.BlockFormat`: 8 bits without a
-    sign, and a zero point. By oneDNN, and up to 8 rows by fbgemm; the weight is held twice.
+    sign, and a zero point. By oneDNN, and up to 8 rows by fbgemm; the weight is held twice. An infinity spoils all
+    outputs of the call. NaN may be taken for an ordinary number: to look for it would take a pass over the input,
+    which this product is to spare.
 
     Args:
         weight_NK: Integers, int8.

@@ -55,7 +55,7 @@ class Int8Engine(_IntegerEngine):
     What comes out is what the reference gives, up to the rounding of floats: integers are the same, except that halves
     in a single row may go to either side. (With shifts the reference also rounds the bias, to the exponent of its
     accumulator; here it is added as it is.) Rows are independent of each other where the format has a factor per row.
-    An infinity or NaN spoils the outputs of its row, where the reference raises.
+    An infinity or NaN spoils all outputs that share its factor, its row's or the call's, where the reference raises.
 
     Args:
         weight_NK: Integers, int8.
@@ -151,7 +151,7 @@ class CudaInt8Engine(_IntegerEngine):
 def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) -> tuple[Tensor, Tensor]:
     """Round rows to integers in few passes over memory; the integers of ``block_quantize``.
 
-    Where the reference raises at infinities and NaN, factors are NaN or infinite here.
+    Where the reference raises at infinities and NaN, factors are not finite here.
 
     Args:
         x_MK: Finite numbers.
@@ -176,10 +176,10 @@ def quantize_rows(x_MK: Tensor, held: BlockFormat, *, one_factor: bool = False) 
 
 
 def _factor(amax: Tensor, held: BlockFormat) -> Tensor:
-    """Return what an integer is worth for these largest magnitudes; not 0, and NaN for NaN."""
+    """Return what an integer is worth for these largest magnitudes; not 0, and not finite where they are not."""
     if held.factor == "scale":
         return block_scales(amax, held.largest).clamp_min_(_SMALLEST_NORMAL)
-    return power_of_two(block_exponents(amax, held.largest))
+    return power_of_two(block_exponents(amax, held.largest)) + (amax - amax)  # NaN where it is not finite
 
 
 def has_int8_kernels() -> bool:

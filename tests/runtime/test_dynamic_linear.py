@@ -43,6 +43,15 @@ def test_a_bias_that_was_trained_counts(rows):
 
 
 @needs_kernels
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_an_infinity_spoils_all_outputs_of_the_call(value, rows):
+    x_MK = inputs(rows, 32)
+    x_MK[rows // 2, 4] = value
+    assert not DynamicEngine(*weight())(x_MK).isfinite().any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_dtype_of_inputs_is_that_of_outputs(dtype):
     x = inputs(2, 3, 32).to(dtype)

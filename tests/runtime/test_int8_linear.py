@@ -110,15 +110,22 @@ def test_inputs_of_zeros_give_the_bias(held):
     )
 
 
-@needs_int8
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("engine", [pytest.param(Int8Engine, marks=needs_int8), CudaInt8Engine])
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@pytest.mark.parametrize("one_factor", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rows", [3, 20])
-def test_a_row_with_a_number_that_is_not_finite_is_not_taken_for_one_that_is(value, rows):
+def test_a_row_with_a_number_that_is_not_finite_is_not_taken_for_one_that_is(
+    engine, factor, one_factor, value, rows
+):
     x_MK = inputs(rows, 32)
     x_MK[1, 4] = value
-    y_MN = Int8Engine(*weight())(x_MK)
-    assert not y_MN[1].isfinite().any() and y_MN[[0, 2]].isfinite().all()
-    assert not Int8Engine(*weight())(x_MK[1:2]).isfinite().any()
+    built = engine(*weight(), BlockFormat(8, (0, 0) if one_factor else (1, 0), factor))
+    y_MN = built(x_MK)
+    spoiled = list(range(rows)) if one_factor else [1]
+    assert not y_MN[spoiled].isfinite().any()
+    assert one_factor or y_MN[[row for row in range(rows) if row != 1]].isfinite().all()
+    assert not built(x_MK[1:2]).isfinite().any()
 
 
 @needs_int8
