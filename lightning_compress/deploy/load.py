@@ -34,6 +34,7 @@ from lightning_compress.deploy.skeleton import (
     check_checkpoint,
     require_converted,
     restore_structure,
+    spare_from_initialising,
     tensor_shapes,
 )
 from lightning_compress.methods.block_quantization import BlockQuantizationConfig
@@ -103,9 +104,10 @@ class CompressionQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Restore the structure on the skeleton and compare it with the headers of the weight files."""
-        before = tensor_shapes(model)
+        before, modules, files = tensor_shapes(model), set(model.modules()), kwargs.get("checkpoint_files")
         restore_structure(model, self.compression_plan, self.quantization_config.root)
-        check_checkpoint(model, before, kwargs.get("checkpoint_files"))
+        check_checkpoint(model, before, files)
+        spare_from_initialising(model, modules, files)
         self._frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         # From here the files hold exactly what the skeleton asks for. As a "pre-quantised" load, releases
         # before 5.23 would keep the stored dtype of tensors whose name gains or loses the base model's

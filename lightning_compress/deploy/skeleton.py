@@ -7,7 +7,7 @@ refuse. The next chapter is :mod:`lightning_compress.deploy.load`, which does th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "require_converted",
     "restore_structure",
     "root_of",
+    "spare_from_initialising",
     "tensor_shapes",
 ]
 
@@ -138,6 +139,29 @@ def check_checkpoint(model: PreTrainedModel, before: Shapes, files: Sequence[str
                 f"the plan asks for {name!r} of shape {list(shape)}, the weight files have {has}: "
                 "config.json and weights do not belong together; save the model again"
             )
+
+
+def spare_from_initialising(
+    model: PreTrainedModel, before: Container[nn.Module], files: Sequence[str] | None
+) -> None:
+    """Keep transformers from initialising modules around what a plan put in place, whose own tensors the files hold.
+
+    Some families initialise a weight from the module around it (GPT-2 that of ``c_proj``, Mamba that of ``out_proj``),
+    also where all weights are read from files, and what a plan put there may have none. Modules below are still asked,
+    each for itself, and so is one with buffers, which files need not hold.
+
+    Args:
+        model: The restored skeleton.
+        before: The modules of the skeleton before it was restored.
+        files: Paths of the weight files; None where transformers was handed a state dict instead.
+    """
+    stored = _stored_shapes(files or ())
+    for path, module in model.named_modules():
+        if all(child in before for child in module.children()) or list(module.buffers(recurse=False)):
+            continue
+        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if all(_find(stored, name, model.base_model_prefix) is not None for name in own):
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _stored_shapes(files: Sequence[str]) -> Shapes:

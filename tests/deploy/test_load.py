@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertTokenizer,
+    GPT2ForSequenceClassification,
     PreTrainedModel,
     pipeline,
 )
@@ -379,6 +380,39 @@ def quantized(build: dict[str, Callable[[], PreTrainedModel]], tmp_path: Path) -
 
 def engines(model: PreTrainedModel) -> list[Any]:
     return [part.engine for part in model.modules() if isinstance(part, QuantizedLinear)]
+
+
+@pytest.mark.parametrize(("operators", "has_low_rank"), [("linear", False), ("linear", True), ("all", False)])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "gpt2", "llama", "mamba"])
+def test_every_family_opens_quantised_with_the_same_bits(
+    build: dict[str, Callable[[], PreTrainedModel]],
+    compress: Callable[[PreTrainedModel], PreTrainedModel],
+    logits: Logits,
+    family: str,
+    operators: str,
+    has_low_rank: bool,
+    tmp_path: Path,
+) -> None:
+    if family == "mamba" and operators == "all":
+        pytest.skip("nothing but linears of a Mamba can be quantised")
+    model = build[family]().eval()
+    quantize(compress(model) if has_low_rank else model, operators=operators)
+    loaded = load(save_pretrained(model, tmp_path / "model"))
+    assert len(engines(loaded)) == len(engines(model)) > 0
+    assert torch.equal(logits(loaded), logits(model))
+    heads, tables = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    if family in ("gpt2", "mamba"):
+        assert heads.weight is tables.weight, "they are tied"
+
+
+@pytest.mark.parametrize("exclude", [[], ["*.attn.c_proj"], ["*.mlp.c_proj"]])
+def test_a_quantised_gpt2_classifier_opens_whatever_stays_dense(
+    build: dict[str, Callable[[], PreTrainedModel]], logits: Logits, exclude: list[str], tmp_path: Path
+) -> None:
+    config = build["gpt2"]().config
+    config.pad_token_id = 0
+    model = quantize(GPT2ForSequenceClassification(config).eval(), exclude=exclude)
+    assert torch.equal(logits(load(save_pretrained(model, tmp_path / "model"))), logits(model))
 
 
 def test_a_backend_computes_the_quantised_linears_of_what_is_loaded_and_is_told(
