@@ -85,8 +85,9 @@ def left_out(model: nn.Module, formats: OperatorFormats, places: Mapping[str, It
     A place may have become several since: the two factors of a linear, or a narrow table and what widens it.
     """
     chosen = {path for paths in places.values() for path in paths}
+    split = {*places["linears"], *places["embeddings"]}
     whole = [path for paths in find_places(model, formats).values() for path in paths]
-    return [path for path in whole if path not in chosen and path.rpartition(".")[0] not in chosen]
+    return [path for path in whole if path not in chosen and path.rpartition(".")[0] not in split]
 
 
 def features_of(model: nn.Module, gates: WidthGates) -> dict[str, tuple[Features | None, Features | None]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lightning_compress import load, plan_of, save_pretrained
@@ -68,6 +68,15 @@ def test_by_default_the_run_is_what_it_would_be_and_rounded_in_the_end() -> None
     module = fitted(BlockQuantization(), watch, log_every_n_steps=1)
     assert quantised(module) == 12 and torch.allclose(answer(module), answer(plain), atol=0.02)
     assert {step[STRENGTH] for step in watch.seen} == {0.0}
+
+
+@pytest.mark.parametrize("start", [0.25, 1.0])
+def test_what_is_excluded_stays_dense_beside_attention_in_integers(start: float) -> None:
+    method = BlockQuantization(start=start, operators="all", exclude=("*.query", "*.value"))
+    module = fitted(method)
+    attention = module.model.bert.encoder.layer[0].attention.self
+    kinds = [type(part) for part in (attention.query, attention.key, attention.value)]
+    assert kinds == [nn.Linear, QuantizedLinear, nn.Linear] and quantised(module) == 8
 
 
 def test_the_strength_that_is_logged_ramps() -> None:

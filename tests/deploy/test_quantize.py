@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaModel
 
 from lightning_compress import load, pack, plan_of, quantize, save_pretrained
 from lightning_compress.callbacks import BlockQuantization, MultiExit, SoftThresholdRank, WidthSlimming
@@ -70,6 +70,23 @@ def test_what_another_method_left_is_quantised_and_saved_with_both_in_its_plan(
         assert [record.method for record in plan.methods] == [callback.config.stem, "block_quantization"]
         save_pretrained(model, tmp_path / "second")  # type: ignore[arg-type]
         assert torch.equal(answer(load(tmp_path / "second")), after)
+
+
+@pytest.mark.parametrize("operators", ["linear", ("linear", "attention"), ("linear", "softmax"), "all"])
+def test_what_is_excluded_stays_dense_whatever_else_is_quantised(operators: Any) -> None:
+    model = quantize(tiny_bert(), operators=operators, exclude=["*.query", "*.value"])
+    attention = model.bert.encoder.layer[1].attention.self
+    kinds = [type(part) for part in (attention.query, attention.key, attention.value)]
+    assert kinds == [nn.Linear, QuantizedLinear, nn.Linear] and quantised_layers(model) == 8
+
+
+@pytest.mark.parametrize("operators", [("linear", "attention"), "all"])
+def test_what_is_excluded_of_a_decoder_stays_dense_too(operators: Any) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    llama = LlamaModel(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    quantize(llama, operators=operators, exclude=["*.q_proj"])
+    assert {type(layer.self_attn.q_proj) for layer in llama.layers} == {nn.Linear}
+    assert quantised_layers(llama) == 2 * 6
 
 
 def test_a_packed_model_is_quantised_where_it_is() -> None:

@@ -59,6 +59,17 @@ def test_what_was_excluded_stays_so_in_parts() -> None:
     assert left_out(model, FORMATS, everything) == []
 
 
+@pytest.mark.parametrize("operators", [("linear", "attention"), ("linear", "softmax"), "all"])
+@pytest.mark.parametrize("exclude", [["*.query", "*.value"], ["*.intermediate.dense"]])
+def test_what_lies_below_a_place_that_cannot_split_is_no_part_of_it(operators, exclude) -> None:
+    model, formats = tiny_bert(), preset("w8a8", operators=operators)
+    places = places_in_training(model, formats, exclude)
+    whole = places_in_training(model, formats)
+    excluded = sorted(set(whole["linears"]) - set(places["linears"]))
+    assert len(excluded) == 2 * len(exclude)
+    assert sorted(left_out(model, formats, places)) == excluded
+
+
 def test_features_stand_for_structures_and_are_looked_up_again_when_gates_close() -> None:
     gate = StructureGate(3, width=2)
     features = Features(gate, width=2, copies=2)
