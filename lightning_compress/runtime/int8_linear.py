@@ -55,6 +55,8 @@ class Int8Engine(_IntegerEngine):
     What comes out is what the reference gives, up to the rounding of floats: integers are the same, except that halves
     in a single row may go to either side. (With shifts the reference also rounds the bias, to the exponent of its
     accumulator; here it is added as it is.) Rows are independent of each other where the format has a factor per row.
+    For inputs in bfloat16 outputs are rounded to it once; but where oneDNN multiplies rows with a factor each, product,
+    factors, bias and their results are all rounded to it on the way, since passes in float32 take longer.
     An infinity or NaN spoils all outputs that share its factor, its row's or the call's, where the reference raises.
 
     Args:
@@ -93,7 +95,7 @@ class Int8Engine(_IntegerEngine):
             return self._few_rows(self._few, x_MK.float(), is_one)
         dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
         q_MK, scale = quantize_rows(x_MK, self._format, one_factor=is_one)
-        q_MK, bias_N = filled_up(q_MK), self._bias(dtype)
+        q_MK, bias_N = filled_up(q_MK), self._bias(torch.float32 if is_one else dtype)
         if is_one:
             return first(self._product(q_MK, float(scale), bias_N, dtype), rows)
         y_MN = first(self._product(q_MK, 1.0, None, dtype), rows).mul_(scale.to(dtype))

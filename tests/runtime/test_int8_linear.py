@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_quantize.reference import block_quantize
 from lightning_compress.runtime import int8_linear
+from lightning_compress.runtime.fbgemm_linear import FEW_ROWS, has_fbgemm
 from lightning_compress.runtime.int8_linear import CudaInt8Engine, Int8Engine, has_int8_kernels, quantize_rows
 from tests.runtime.toys_engines import inputs, weight
 
@@ -126,6 +127,21 @@ def test_a_row_with_a_number_that_is_not_finite_is_not_taken_for_one_that_is(
     assert not y_MN[spoiled].isfinite().any()
     assert one_factor or y_MN[[row for row in range(rows) if row != 1]].isfinite().all()
     assert not built(x_MK[1:2]).isfinite().any()
+
+
+@pytest.mark.parametrize("engine", [pytest.param(Int8Engine, marks=needs_int8), CudaInt8Engine])
+@pytest.mark.parametrize("held", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 20])
+def test_bfloat16_is_rounded_once(engine, held, rows):
+    most = FEW_ROWS if held.factor == "scale" and has_fbgemm() else 1
+    if engine is Int8Engine and held.block[0] and rows > most:
+        pytest.skip("oneDNN's products of rows with a factor each are rounded on the way")
+    weight_NK, scales_N, bias_N = weight()
+    low_MK, own = inputs(rows, 32).bfloat16(), (weight_NK, scales_N, 50 * bias_N)
+    found = engine(*own, held)(low_MK)
+    assert found.dtype == torch.bfloat16
+    half = 1.001 * 2**-8  # of the last of 8 bits
+    torch.testing.assert_close(found.double(), slow_product(low_MK.float(), *own, held), rtol=half, atol=1e-4)
 
 
 @needs_int8
