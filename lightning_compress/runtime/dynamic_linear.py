@@ -42,25 +42,30 @@ class DynamicEngine(RowEngine):
             raise RuntimeError("this build of torch has no dynamically quantised product")
         self._weight_NK, self._scales_N = weight_NK, scales_N
         self._bias, self.num_outputs = LiveBias.of(bias_N), weight_NK.shape[0]
-        self._packed = self._pack()
+        self._packed = self._pack(self._bias(torch.float32))
 
     def rows(self, x_MK: Tensor) -> Tensor:
         """Map at least one row, to float32 ``[M, N]``."""
-        rows, packed = x_MK.shape[0], self._packed
-        if packed[0] != self._bias.version:
-            self._packed = packed = self._pack()
+        rows, packed, bias_N = x_MK.shape[0], self._packed, self._bias(torch.float32)
+        if not _are_equal(packed[0], bias_N):
+            self._packed = packed = self._pack(bias_N)  # in one assignment: other threads may be here too
         if rows <= FEW_ROWS:
             return torch.ops.quantized.linear_dynamic.default(x_MK.float(), packed[1])
         # spare rows are zeros, which lie within the range anyway
         return first(torch.ops.quantized.linear_dynamic.default(filled_up(x_MK.float()), packed[2]), rows)
 
-    def _pack(self) -> tuple[tuple[int, ...], Any, Any]:
-        """Return the bias's version, and weight and bias as either engine wants them."""
-        version, bias_N = self._bias.version, self._bias(torch.float32)
+    def _pack(self, bias_N: Tensor | None) -> tuple[Tensor | None, Any, Any]:
+        """Return the bias, and weight and bias as either engine wants them."""
+        own_N = None if bias_N is None else bias_N.clone()
         few, many = (
-            prepack(engine, self._weight_NK, self._scales_N, bias_N) for engine in ("fbgemm", "onednn")
+            prepack(engine, self._weight_NK, self._scales_N, own_N) for engine in ("fbgemm", "onednn")
         )
-        return version, few, many
+        return own_N, few, many
+
+
+def _are_equal(packed_N: Tensor | None, bias_N: Tensor | None) -> bool:
+    """Compare numbers, which takes far less time than to add them to all rows of an output."""
+    return packed_N is bias_N if packed_N is None or bias_N is None else torch.equal(packed_N, bias_N)
 
 
 def has_dynamic_kernels() -> bool:

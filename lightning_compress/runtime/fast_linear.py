@@ -100,14 +100,16 @@ class ModuleEngine:
 
     Args:
         module: The layer.
+        bias_N: Bias, or None where the layer has one of its own, or none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module.eval()
+    def __init__(self, module: nn.Module, bias_N: Tensor | LiveBias | None = None) -> None:
+        self._module, self._bias = module.eval(), LiveBias.of(bias_N)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map ``[..., K]`` to ``[..., N]``."""
-        return self._module(x).to(x.dtype)
+        y, bias_N = self._module(x), self._bias(torch.float32)
+        return (y if bias_N is None else y + bias_N).to(x.dtype)
 
 
 def has_prepacked_kernels() -> bool:

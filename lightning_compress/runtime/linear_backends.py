@@ -65,7 +65,7 @@ def build_engine(
     reason = refusal(backend, parts, one_factor=one_factor)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot compute {parts[0]}: {reason}")
-    bias = LiveBias([part.bias for part in parts])
+    bias = LiveBias(parts)
     if backend == "int8":
         held = _rounding(parts[0], one_factor)
         weight_NK = torch.cat([part.weight_int8() for part in parts])
@@ -80,7 +80,7 @@ def build_engine(
         return BlockEngine(weight_NK, _stacked([_row_factors(part) for part in parts]), bias, columns, held)
     weight_NK = torch.cat([part.dequantized_weight() for part in parts])
     if backend in _FEW_BITS:
-        return ModuleEngine(few_bit_linear(_dense(weight_NK, bias), _FEW_BITS[backend]))
+        return ModuleEngine(few_bit_linear(_dense(weight_NK), _FEW_BITS[backend]), bias)
     if backend == "bf16" and weight_NK.device.type == "cpu" and has_prepacked_kernels():
         return PrepackedEngine(weight_NK, bias)
     return DenseEngine(weight_NK, bias, torch.bfloat16 if backend == "bf16" else torch.float32)
@@ -183,10 +183,7 @@ def _rounding(layer: QuantizedLinear, one_factor: bool) -> BlockFormat:
     return replace(layer.input_format, block=(0, 0)) if one_factor else layer.input_format
 
 
-def _dense(weight_NK: Tensor, bias: LiveBias) -> nn.Linear:
-    bias_N = bias(torch.float32)
-    linear = nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=bias_N is not None, device="meta")
+def _dense(weight_NK: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_NK, requires_grad=False)
-    if bias_N is not None:
-        linear.bias = nn.Parameter(bias_N, requires_grad=False)
     return linear

@@ -1,4 +1,4 @@
-"""The bias of an engine: cast once, and anew when a training step or a load has changed it.
+"""The bias of an engine: read from its layer at every call, since training and loads change it.
 
 The next chapter is :mod:`lightning_compress.runtime.fast_linear`.
 
@@ -7,10 +7,10 @@ Shape legend: N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["LiveBias"]
 
@@ -18,49 +18,41 @@ __all__ = ["LiveBias"]
 class LiveBias:
     """The biases of one or several layers in a row, in any dtype, as they are now.
 
-    Changes in place are seen, as optimizers make them, and a bias that is another tensor is not.
+    Nothing is kept from call to call: fused optimizers and writes to ``.data`` change a tensor without counting it.
 
     Args:
-        parts: Biases, one layer's after the other's; none of them, or all, are None.
+        layers: Layers with an attribute ``bias``; for none of them, or for all, it is None.
 
     Raises:
         ValueError: If some are None and others are not.
 
     Example:
-        >>> bias_N = torch.zeros(2)
-        >>> live = LiveBias([bias_N])
-        >>> before = live(torch.float32)
-        >>> _ = bias_N.add_(1)
+        >>> layer = nn.Linear(3, 2)
+        >>> live = LiveBias([layer])
+        >>> layer.bias = nn.Parameter(torch.ones(2))
         >>> live(torch.bfloat16)
         tensor([1., 1.], dtype=torch.bfloat16)
     """
 
-    def __init__(self, parts: Sequence[Tensor | None]) -> None:
-        # a detached tensor counts changes together with the one that it comes from
-        self._parts = tuple([part.detach() for part in parts if part is not None])
-        if self._parts and len(self._parts) != len(parts):
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        # not the layers themselves, which hold the engine that holds this
+        self._owners: tuple[Mapping[str, Tensor | None], ...] = tuple([part._parameters for part in layers])
+        if len({owner["bias"] is None for owner in self._owners}) > 1:
             raise ValueError("some of the layers have a bias and others have none: they cannot be joined")
-        self._cache: tuple[tuple[int, ...], dict[torch.dtype, Tensor]] = ((), {})
 
     @classmethod
     def of(cls, bias: Tensor | LiveBias | None) -> LiveBias:
-        """Return the live form of a bias; what is one already stays."""
-        return bias if isinstance(bias, LiveBias) else cls([bias])
-
-    @property
-    def version(self) -> tuple[int, ...]:
-        """Another one after each change."""
-        return tuple([0 if part.is_inference() else part._version for part in self._parts])
+        """Return the live form of a tensor, whose changes in place are seen; what is live already stays."""
+        if isinstance(bias, LiveBias):
+            return bias
+        live = cls([])
+        live._owners = ({"bias": bias},)
+        return live
 
     def __call__(self, dtype: torch.dtype) -> Tensor | None:
         """Return the bias in a dtype, ``[N]``; None if there is none."""
-        if not self._parts:
+        parts = [part for owner in self._owners if (part := owner["bias"]) is not None]
+        if not parts:
             return None
-        version = self.version
-        seen, cast = self._cache
-        if seen != version:
-            cast = {}
-            self._cache = (version, cast)  # in one assignment: other threads may be here too
-        if dtype not in cast:
-            cast[dtype] = torch.cat(self._parts).to(dtype)
-        return cast[dtype]
+        bias_N = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return bias_N.detach().to(dtype)

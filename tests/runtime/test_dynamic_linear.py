@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lightning_compress.runtime import dynamic_linear
 from lightning_compress.runtime.dynamic_linear import DynamicEngine, has_dynamic_kernels
+from lightning_compress.runtime.fbgemm_linear import prepack
 from tests.runtime.toys_engines import inputs, weight
 
 needs_kernels = pytest.mark.skipif(not has_dynamic_kernels(), reason="no dynamically quantised product here")
@@ -40,6 +41,25 @@ def test_a_bias_that_was_trained_counts(rows):
     with torch.no_grad():
         bias_N.add_(3.0)
     torch.testing.assert_close(engine(x_MK), before + 3)
+    bias_N.data.add_(1.0)
+    torch.testing.assert_close(engine(x_MK), before + 4)
+
+
+@needs_kernels
+def test_the_weight_is_laid_out_anew_only_for_another_bias(monkeypatch):
+    weight_NK, scales_N, bias_N = weight()
+    engine = DynamicEngine(weight_NK, scales_N, bias_N)
+    packed: list[str] = []
+    monkeypatch.setattr(
+        dynamic_linear, "prepack", lambda name, *rest: packed.append(name) or prepack(name, *rest)
+    )
+    for rows in (3, 20):
+        engine(inputs(rows, 32))
+    assert packed == []
+    bias_N.add_(1.0)
+    for rows in (3, 20):
+        engine(inputs(rows, 32))
+    assert packed == ["fbgemm", "onednn"]
 
 
 @needs_kernels

@@ -59,6 +59,39 @@ def test_layers_with_one_input_are_one_product(name):
         torch.testing.assert_close(build_engine(name, parts)(x), expected, rtol=0.01, atol=0.01)
 
 
+def fused(part: QuantizedLinear) -> None:
+    part.bias.grad = torch.ones(64)
+    torch.optim.AdamW([part.bias], lr=4.0, weight_decay=0.0, fused=True).step()
+
+
+def written(part: QuantizedLinear) -> None:
+    part.bias.data.sub_(4.0)
+
+
+def replaced(part: QuantizedLinear) -> None:
+    part.bias = nn.Parameter(part.bias.detach() - 4.0)
+
+
+@pytest.mark.parametrize("change", [fused, written, replaced])
+@pytest.mark.parametrize("one_factor", [False, True])
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_bias_that_was_trained_counts_at_once_however_it_was_changed(name, rows, one_factor, change):
+    if not able(name):
+        pytest.skip("no such kernels here")
+    parts, x = [layer() for _ in range(2)], torch.randn(rows, 64)
+    alone = build_engine(name, parts[1], one_factor=one_factor)
+    both = build_engine(name, parts, one_factor=one_factor)
+    with torch.no_grad():
+        before = alone(x), both(x)
+    change(parts[1])
+    with torch.no_grad():
+        torch.testing.assert_close(alone(x), before[0] - 4.0, rtol=0.01, atol=0.03)
+        first, second = both(x).split(64, dim=1)
+        assert torch.equal(first, before[1][:, :64])
+        torch.testing.assert_close(second, before[1][:, 64:] - 4.0, rtol=0.01, atol=0.03)
+
+
 @pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
 def test_one_factor_for_all_rows_is_that_of_the_whole_input(monkeypatch):
     part, x = layer(), torch.randn(5, 64)

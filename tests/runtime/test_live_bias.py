@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -5,44 +8,89 @@ from torch import nn
 from lightning_compress.runtime.live_bias import LiveBias
 
 
+def layer(*numbers: float) -> nn.Linear:
+    linear = nn.Linear(2, len(numbers))
+    linear.bias = nn.Parameter(torch.tensor(numbers))
+    return linear
+
+
 def test_biases_of_several_layers_stand_in_a_row():
-    parts = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))]
-    bias = LiveBias(parts)(torch.bfloat16)
+    bias = LiveBias([layer(1.0, 2.0), layer(3.0)])(torch.bfloat16)
     assert bias is not None and not bias.requires_grad
     assert torch.equal(bias, torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
 
 
-def test_a_step_of_an_optimizer_is_seen():
-    parameter = nn.Parameter(torch.zeros(3))
-    live = LiveBias([parameter])
-    assert torch.equal(live(torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16))
-    parameter.sum().backward()
-    torch.optim.SGD([parameter], lr=0.5).step()
+def fused(linear: nn.Linear) -> None:
+    linear.bias.grad = torch.ones(3)
+    torch.optim.AdamW([linear.bias], lr=0.5, weight_decay=0.0, fused=True).step()
+
+
+def stepped(linear: nn.Linear) -> None:
+    linear.bias.sum().backward()
+    torch.optim.SGD([linear.bias], lr=0.5).step()
+
+
+def replaced(linear: nn.Linear) -> None:
+    linear.bias = nn.Parameter(linear.bias.detach() - 0.5)
+
+
+def written(linear: nn.Linear) -> None:
+    linear.bias.data.sub_(0.5)
+
+
+def exchanged(linear: nn.Linear) -> None:
+    linear.bias.data = linear.bias.data - 0.5
+
+
+@pytest.mark.parametrize("change", [stepped, fused, replaced, written, exchanged])
+@pytest.mark.parametrize("several", [False, True])
+def test_whatever_changes_a_bias_is_seen(change, several):
+    linear = layer(0.0, 0.0, 0.0)
+    live = LiveBias([linear, layer(7.0)] if several else [linear])
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(live(dtype), torch.full((3,), -0.5, dtype=dtype))
+        assert torch.equal(live(dtype)[:3], torch.zeros(3, dtype=dtype))
+    change(linear)
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.testing.assert_close(live(dtype)[:3], torch.full((3,), -0.5, dtype=dtype))
 
 
-def test_what_has_not_changed_is_cast_once():
-    live = LiveBias([nn.Parameter(torch.ones(2))])
-    assert live(torch.bfloat16) is live(torch.bfloat16)
-
-
-def test_a_bias_made_in_inference_mode_serves_too():
+def test_a_bias_made_in_inference_mode_serves_too_and_its_changes_are_seen():
     with torch.inference_mode():
-        bias_N = torch.ones(2)
-    assert torch.equal(LiveBias([bias_N])(torch.float32), torch.ones(2))
+        linear = layer(1.0, 1.0)
+        live = LiveBias([linear])
+        live(torch.bfloat16)
+        linear.bias.add_(1.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(live(dtype), torch.full((2,), 2.0, dtype=dtype))
+
+
+def test_a_single_bias_in_the_wanted_dtype_is_not_copied():
+    linear = layer(1.0, 2.0)
+    assert LiveBias([linear])(torch.float32).data_ptr() == linear.bias.data_ptr()
+
+
+def test_layers_are_not_kept_alive():
+    linear = layer(1.0)
+    linear.live = LiveBias([linear])  # as an engine of its own has
+    gone = weakref.ref(linear)
+    gc.disable()
+    try:
+        del linear
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_no_bias_is_none():
-    assert LiveBias([None, None])(torch.float32) is None
+    assert LiveBias([nn.Linear(2, 1, bias=False), nn.Linear(2, 3, bias=False)])(torch.float32) is None
     assert LiveBias.of(None)(torch.float32) is None
 
 
 def test_what_is_live_already_stays():
-    live = LiveBias([torch.ones(2)])
-    assert LiveBias.of(live) is live
+    live = LiveBias.of(torch.ones(2))
+    assert LiveBias.of(live) is live and torch.equal(live(torch.float32), torch.ones(2))
 
 
 def test_layers_of_which_only_some_have_a_bias_cannot_be_joined():
     with pytest.raises(ValueError, match="cannot be joined"):
-        LiveBias([torch.ones(2), None])
+        LiveBias([layer(1.0), nn.Linear(2, 1, bias=False)])
