@@ -199,7 +199,7 @@ def _install(
             for path, build_one in build.items():
                 layers[path].engine = build_one()
             continue
-        whole = partial(build_engine, names.pop(), parts, one_factor=one_factor)
+        whole = build_engine(names.pop(), parts, one_factor=one_factor)
         joined = JoinedEngine(whole, [part.out_features for part in parts])
         for place, path in enumerate(group):
             layers[path].engine = PartEngine(joined, place, build[path])

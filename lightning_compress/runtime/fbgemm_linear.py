@@ -8,6 +8,7 @@ Shape legend: M rows of the input, N outputs, K inputs.
 from __future__ import annotations
 
 import warnings
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ FEW_ROWS = 8
 _quantized_tensor: Any = getattr(torch, "_make_per_channel_quantized_tensor", None)
 _ZERO_POINT = 128
 """Inputs are unsigned here: 1 to 255 stand for -127 to 127."""
+_turn = Lock()
 
 
 class FbgemmProduct:
@@ -58,17 +60,21 @@ class FbgemmProduct:
 
 
 def prepack(engine: str, weight_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Any:
-    """Return a weight and a bias in the layout of one of PyTorch's own engines, ``"fbgemm"`` or ``"onednn"``."""
-    before = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-        zeros_N = torch.zeros_like(scales_N, dtype=torch.int64)
-        held = _quantized_tensor(weight_NK, scales_N.double(), zeros_N, 0)
-    try:
-        torch.backends.quantized.engine = engine
-        return torch.ops.quantized.linear_prepack(held, bias_N)
-    finally:
-        torch.backends.quantized.engine = before
+    """Return a weight and a bias in the layout of one of PyTorch's own engines, ``"fbgemm"`` or ``"onednn"``.
+
+    Threads take turns: which engine lays weights out, and what is warned of, is set for the whole process.
+    """
+    zeros_N = torch.zeros_like(scales_N, dtype=torch.int64)
+    with _turn:
+        before = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+            held = _quantized_tensor(weight_NK, scales_N.double(), zeros_N, 0)
+        try:
+            torch.backends.quantized.engine = engine
+            return torch.ops.quantized.linear_prepack(held, bias_N)
+        finally:
+            torch.backends.quantized.engine = before
 
 
 def can_prepack(engine: str) -> bool:

@@ -206,6 +206,22 @@ def test_layers_that_integers_cannot_do_get_another_backend(bert):
     assert report.choices[path] in ("bf16", "fp32")
 
 
+def test_what_runs_together_is_built_when_it_is_chosen(bert, monkeypatch):
+    built: list[int] = []
+    build = backends.build_engine
+
+    def counted(name, parts, **kwargs):
+        built.append(1 if isinstance(parts, QuantizedLinear) else len(parts))
+        return build(name, parts, **kwargs)
+
+    monkeypatch.setattr(backends, "build_engine", counted)
+    use_backend(pack(bert), "fp32", verbose=False)
+    assert sorted(built) == [1] * 6 + [3] * 2  # in two layers query, key and value, and three others
+    logits(bert)
+    # only in the last layer some run alone: there one token of each text queries
+    assert sorted(built) == [1] * 9 + [3] * 2
+
+
 def test_projections_with_different_backends_run_on_their_own(bert):
     model = pack(bert)
     expected = logits(model)

@@ -1,10 +1,12 @@
+import threading
+import time
 import warnings
 
 import pytest
 import torch
 
 from lightning_compress.runtime import fbgemm_linear
-from lightning_compress.runtime.fbgemm_linear import FbgemmProduct, has_fbgemm
+from lightning_compress.runtime.fbgemm_linear import FbgemmProduct, has_fbgemm, prepack
 from tests.runtime.toys_engines import weight
 
 needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="no fbgemm here")
@@ -41,6 +43,36 @@ def test_settings_of_torch_stay_as_they_are_and_nothing_is_said():
         warnings.simplefilter("error")
         FbgemmProduct(*weight()[:2])
     assert torch.backends.quantized.engine == engine
+
+
+@needs_fbgemm
+@pytest.mark.filterwarnings("error")
+def test_threads_lay_weights_out_one_after_the_other_and_leave_settings_of_torch_alone(monkeypatch):
+    original, before = fbgemm_linear._quantized_tensor, torch.backends.quantized.engine
+    inside: list[int] = []
+    together: list[int] = []
+    packed: dict[int, object] = {}
+
+    def slow(*args):
+        inside.append(1)
+        together.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return original(*args)
+
+    monkeypatch.setattr(fbgemm_linear, "_quantized_tensor", slow)
+    filters = list(warnings.filters)
+
+    def work(index: int) -> None:
+        packed[index] = prepack(("fbgemm", "onednn")[index % 2], *weight()[:2], None)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 6 and len(packed) == 6
+    assert torch.backends.quantized.engine == before and warnings.filters == filters
 
 
 def test_a_build_without_it_is_told(monkeypatch):

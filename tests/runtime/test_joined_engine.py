@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ def three() -> list[QuantizedLinear]:
     layers = [
         QuantizedLinear.from_linear(nn.Linear(8, size), BlockFormat(), BlockFormat()) for size in (4, 2, 3)
     ]
-    joined = JoinedEngine(lambda: build_engine("fp32", layers), [4, 2, 3])
+    joined = JoinedEngine(build_engine("fp32", layers), [4, 2, 3])
     for place, layer in enumerate(layers):
         layer.engine = PartEngine(joined, place, lambda layer=layer: build_engine("fp32", layer))
     return layers
@@ -29,22 +32,23 @@ def test_one_product_gives_what_the_layers_give():
             torch.testing.assert_close(layer(x), found)
 
 
-def test_engines_are_built_when_first_needed_and_once():
-    built: list[str] = []
+def test_the_engine_of_a_layer_alone_is_built_when_first_needed_and_once_for_all_threads():
+    built: list[int] = []
 
-    def build(name: str):
-        built.append(name)
-        return lambda x: torch.cat([x, x], dim=-1)
+    def build():
+        built.append(1)
+        time.sleep(0.01)
+        return lambda x: 2 * x
 
-    joined = JoinedEngine(lambda: build("joined"), [1, 1])
-    part = PartEngine(joined, 0, lambda: build("part"))
+    part = PartEngine(JoinedEngine(lambda x: x, [1]), 0, build)
     assert built == []
-    for _ in range(2):
-        joined(torch.ones(1, 1))
-    assert built == ["joined"]
-    for _ in range(2):
-        part(torch.ones(1, 1))
-    assert built == ["joined", "part"]
+    threads = [threading.Thread(target=part, args=(torch.ones(1, 1),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1]
+    assert part(torch.ones(1, 1)).item() == 2.0 and built == [1]
 
 
 def test_layers_run_on_their_own_while_gradients_are_on():
