@@ -132,6 +132,8 @@ def _groups(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> list[Gro
 
 
 def _projections(model: nn.Module) -> list[Group]:
+    if packed_encoder(model) is None:
+        return []  # only there they run as one
     try:
         prefix, transformer = find_transformer(model)
         anatomy = describe(transformer)

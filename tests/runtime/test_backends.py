@@ -169,6 +169,22 @@ def test_the_fastest_of_those_that_can_is_chosen_for_each_shape(bert, monkeypatc
     assert capsys.readouterr().out == f"{report}\n"
 
 
+def test_only_what_runs_together_is_timed_together(bert, tiny, monkeypatch):
+    monkeypatch.setattr(backends, "time_engines", lambda engines, *_: dict.fromkeys(engines, (1.0,)))
+
+    def sizes(model: nn.Module) -> list[int]:
+        report = use_backend(model, "auto", batch_tokens=(2,), verbose=False)
+        return [timing.num_outputs for timing in report.timings]
+
+    decoder = quantized(tiny("llama", "LlamaModel").float())
+    for model, expected in ((bert, [32, 48, 32]), (decoder, [32, 16, 48, 32])):
+        assert sizes(model) == expected
+        parts = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
+        assert not any(isinstance(part.engine, PartEngine) for part in parts)
+    assert sizes(pack(bert)) == [96, 32, 48, 32]
+    assert isinstance(bert.bert.encoder.layer[0].attention.self.query.engine, PartEngine)
+
+
 @pytest.mark.parametrize(("block", "first"), [((1, 0), ("int8",)), ((16, 16), ()), ((1, 16), ())])
 def test_on_cuda_triton_is_measured_with_the_others(block, first, monkeypatch):
     asked: list[tuple[str, ...]] = []
