@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.deploy.float_form import round_by_rows, to_float_form
-from lightning_compress.deploy.onnx_int8 import to_int8
+from lightning_compress.deploy.onnx_int8 import left_in_fp32, to_int8
 from lightning_compress.deploy.onnx_program import OnnxProgram, forget_sources, to_onnx
 from lightning_compress.nn.anatomy import describe, find_transformer
+from lightning_compress.nn.packed_matrix import PackedMatrix
 from lightning_compress.nn.surgery import get_module
 from lightning_compress.runtime.packing import packed_encoder
 from lightning_compress.runtime.static import make_static
@@ -82,7 +84,7 @@ def export_onnx(
         ValueError: If the length does not fit the model, is below 2, or dynamic with counts, the batch is below 1, the
             runtime is unknown, the model drops tokens and there are no counts, or for the reasons of
             :func:`~lightning_compress.runtime.static.make_static`.
-        RuntimeError: If onnxruntime computes something else.
+        RuntimeError: If onnxruntime computes something else, or a weight that is to be in int8 would not be.
 
     Example:
         ``export_onnx(model, "model.onnx", length=128, counts=static_counts(model, validation_batches))``
@@ -100,17 +102,16 @@ def export_onnx(
             "drop nothing; on the command line --texts FILE with typical texts, one a line, or --counts"
         )
     static = make_static(model, counts, exit_layer=exit_layer)
-    if int8:
-        for part in _int8_parts(static):
-            round_by_rows(part)
+    rounded = _round(static) if int8 else []
     to_float_form(static)
     program = OnnxProgram(static.float().cpu()).eval()
+    weights = {path: static.get_parameter(f"{path}.weight") for path in rounded}
     sizes = _Sizes(length, batch, longest)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = Path(folder) / "model.onnx"
-        _write(program, sizes, written, runtime if int8 else None)
+        _write(program, sizes, written, runtime if int8 else None, weights)
         os.replace(written, target)
     return Path(path)
 
@@ -152,15 +153,20 @@ def _check_shape(longest: int, length: int | str, batch: int | str, counts: Sequ
         raise ValueError(f"batch={batch!r} must be a number of at least 1, or 'dynamic'")
 
 
-def _int8_parts(static: nn.Module) -> list[nn.Module]:
-    """Return embeddings and layers: heads, exits and what a policy ranks by stay in fp32."""
+def _round(static: nn.Module) -> list[str]:
+    """Round embeddings and layers, and return what has a factor for a row: heads, exits and policies stay in fp32."""
     transformer = find_transformer(static)[1]
     anatomy = describe(transformer)
     encoder: Any = get_module(transformer, anatomy.encoder or "")
-    return [get_module(transformer, anatomy.embeddings), encoder.layer]
+    for part in (get_module(transformer, anatomy.embeddings), encoder.layer):
+        round_by_rows(part)
+    held = {path: module for path, module in static.named_modules() if isinstance(module, PackedMatrix)}
+    return [path for path, module in held.items() if module.weight_factors.shape[1] == 1]
 
 
-def _write(program: OnnxProgram, sizes: _Sizes, path: Path, int8_for: Runtime | None) -> None:
+def _write(
+    program: OnnxProgram, sizes: _Sizes, path: Path, int8_for: Runtime | None, rounded: Mapping[str, Tensor]
+) -> None:
     """Write the program, once the file gives the same outputs as the program."""
     import onnx  # pyright: ignore[reportMissingImports]
 
@@ -169,11 +175,24 @@ def _write(program: OnnxProgram, sizes: _Sizes, path: Path, int8_for: Runtime | 
     forget_sources(graph_model)
     if int8_for == "openvino":
         to_int8(graph_model, "weights")
+        _check_held(graph_model, rounded)
     onnx.save(graph_model, path)
     _check_outputs(program, inputs, path, as_written=int8_for == "openvino")
     if int8_for == "onnxruntime":
         to_int8(graph_model, "dynamic")  # rounds inputs: outputs are others than those just checked
+        _check_held(graph_model, rounded)
         onnx.save(graph_model, path)
+
+
+def _check_held(graph_model: Any, rounded: Mapping[str, Tensor]) -> None:
+    """Refuse a graph that reads a rounded weight in fp32."""
+    for matrix in left_in_fp32(graph_model):
+        for path, weight in rounded.items():
+            if any(np.array_equal(matrix, form.detach().numpy()) for form in (weight, weight.T)):
+                raise RuntimeError(
+                    f"the integers of {path} are not found again in what torch {torch.__version__} exports, so nothing "
+                    "was written: export without int8, or try another release"
+                )
 
 
 def _check_outputs(program: OnnxProgram, inputs: tuple[Tensor, ...], path: Path, *, as_written: bool) -> None:

@@ -19,17 +19,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Int8Layout", "integers_of_columns", "to_int8"]
+__all__ = ["Int8Layout", "integers_of_columns", "left_in_fp32", "to_int8"]
 
 Int8Layout = Literal["dynamic", "weights"]
 
 _MOST = 127
-_LEVELS = (1, 3, 7, 15, 31, 63, _MOST)
-"""Largest integers of 2 to 8 bits, symmetric."""
+"""Largest integer of 8 bits, symmetric."""
+_SAMPLE = 16
+"""Rows that a grid is tried on before it is tried on all."""
 _ON_GRID = 1e-4
 """How far from an integer a weight may be, in steps of its grid: rounding of float32, times 127."""
 _FLOAT = 1
 """What ONNX calls float32."""
+_READERS = ("MatMul", "Gemm", "Gather", "Transpose")
+"""Nodes that read weights of linears and tables."""
 
 
 def to_int8(graph_model: Any, layout: Int8Layout) -> int:
@@ -54,11 +57,20 @@ def to_int8(graph_model: Any, layout: Int8Layout) -> int:
     return sum(name is not None for name in rewriter.names.values())
 
 
+def left_in_fp32(graph_model: Any) -> list[np.ndarray]:
+    """Return the matrices that products and look-ups of an ONNX model read in fp32, scales of tables included."""
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
+
+    graph = graph_model.graph
+    read = {name for node in graph.node if node.op_type in _READERS for name in node.input}
+    return [numpy_helper.to_array(entry) for entry in _matrices(graph) if entry.name in read]
+
+
 def integers_of_columns(weight_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the integers and the scale of each column of a matrix, if it has such.
 
-    The grid of a column is the coarsest that it lies on: its largest weight is one of the largest integers of 2 to 8
-    bits, or its step is a power of two.
+    The grid of a column is the coarsest that it lies on. Its largest weight may be any integer of 8 bits: columns whose
+    scale came from a larger one need not have the largest.
 
     Args:
         weight_RC: The matrix, float32.
@@ -75,15 +87,25 @@ def integers_of_columns(weight_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray] 
     wide_RC = weight_RC.astype(np.float64)
     amax_C = np.abs(wide_RC).max(axis=0)
     amax_C[amax_C == 0.0] = 1.0
-    power_C = np.exp2(np.ceil(np.log2(amax_C / _MOST)))
+    sample_RC = wide_RC[:: max(1, len(wide_RC) // _SAMPLE)]
     scale_C = np.zeros(len(amax_C))
-    for candidate_C in (*(amax_C / level for level in _LEVELS), power_C):
-        steps_RC = wide_RC / candidate_C
-        is_on_C = np.abs(steps_RC - np.rint(steps_RC)).max(axis=0) <= _ON_GRID
-        scale_C = np.where((scale_C == 0.0) & is_on_C, candidate_C, scale_C)
+    for most in range(1, _MOST + 1):
+        step_C = amax_C / most
+        open_C = np.flatnonzero((scale_C == 0.0) & _is_on_grid(sample_RC, step_C))
+        on_C = open_C[_is_on_grid(wide_RC[:, open_C], step_C[open_C])]
+        scale_C[on_C] = step_C[on_C]
     if not scale_C.all():
         return None
     return np.rint(wide_RC / scale_C).astype(np.int8), scale_C.astype(np.float32)
+
+
+def _is_on_grid(wide_RC: np.ndarray, step_C: np.ndarray) -> np.ndarray:
+    steps_RC = wide_RC / step_C
+    return np.abs(steps_RC - np.rint(steps_RC)).max(axis=0) <= _ON_GRID
+
+
+def _matrices(graph: Any) -> list[Any]:
+    return [entry for entry in graph.initializer if len(entry.dims) == 2 and entry.data_type == _FLOAT]
 
 
 class _Rewriter:
@@ -93,8 +115,7 @@ class _Rewriter:
         self.names: dict[str, str | None] = {}
         """Weight to its integers, beside which are ``_scale`` and, of columns, ``_zero``; None if it has none."""
         self._graph, self._layout = graph, layout
-        matrices = (e for e in graph.initializer if len(e.dims) == 2 and e.data_type == _FLOAT)
-        self._weights = {entry.name: entry for entry in matrices}
+        self._weights = {entry.name: entry for entry in _matrices(graph)}
         self._written: set[str] = set()
 
     def of(self, node: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.deploy import export
+from lightning_compress.deploy import export, onnx_int8
 from lightning_compress.deploy.export import export_onnx
 from lightning_compress.deploy.float_form import round_by_rows, to_float_form
 from lightning_compress.nn.operator_formats import preset
@@ -157,6 +157,33 @@ def test_blocks_become_rows_of_eight_bits(tmp_path):
     expected = answers(exact, batch)
     assert (run(path, batch) - expected).abs().max() < 0.1 * expected.std()
     assert max(largest_integers(path)) == 127
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@pytest.mark.parametrize("block", [(2, 0), (0, 0), (256, 256)])
+def test_rows_that_share_a_factor_are_written_with_their_own_integers(tmp_path, block, factor):
+    model, batch = large(), ragged_batch([12, 3, 7])
+    quantize_model(model, preset("w8a8", block=block, factor=factor))
+    path = export_onnx(model, tmp_path / "small.onnx", length=LENGTH, int8=True, runtime="openvino")
+    assert held_in_int8(path) == {(40, 64), (2, 64), (64, 64), (64, 256), (256, 64)}
+    to_float_form(model)
+    found = run_in_openvino(path, batch, DYNAMIC_QUANTIZATION_GROUP_SIZE=0)
+    torch.testing.assert_close(found, answers(model, batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_rounded_weight_that_would_be_written_in_fp32_is_an_error(tmp_path, monkeypatch, runtime):
+    path = tmp_path / "model.onnx"
+    found = onnx_int8.integers_of_columns
+    wide = (64, 256)
+    monkeypatch.setattr(
+        onnx_int8, "integers_of_columns", lambda weight: None if weight.shape == wide else found(weight)
+    )
+    with pytest.raises(RuntimeError, match=r"layer\.0\.intermediate\.dense .*nothing was written"):
+        export_onnx(large(), path, length=LENGTH, int8=True, runtime=runtime)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("installed")

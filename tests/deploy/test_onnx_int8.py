@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.deploy.onnx_int8 import integers_of_columns, to_int8
+from lightning_compress.deploy.onnx_int8 import integers_of_columns, left_in_fp32, to_int8
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.ops.block_dequantize import block_dequantize
 from lightning_compress.ops.block_quantize import block_quantize
@@ -35,6 +35,29 @@ def test_the_integers_of_quantised_rows_are_found_again(factor, bits, inputs, ou
     np.testing.assert_allclose(payload_KN * scale_N, rounded_NK.T.numpy(), rtol=2e-7, atol=0)
     if factor == "scale" and outputs > 1:  # nothing but the coarsest step is lost
         assert (np.abs(payload_KN) <= np.abs(payload_NK.T.numpy())).all()
+
+
+@pytest.mark.parametrize("factor", ["scale", "shift"])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 8), st.sampled_from([(2, 0), (3, 0), (0, 0), (64, 64)]), st.integers(0, 2**16))
+def test_integers_are_found_again_where_rows_share_a_factor(factor, bits, block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight_NK = torch.randn(7, 40, generator=generator) * torch.rand(7, 1, generator=generator)
+    payload_NK, factors_F1 = block_quantize(weight_NK, bits, block, factor)
+    rounded_NK = block_dequantize(payload_NK, factors_F1, block)
+    found = integers_of_columns(rounded_NK.T.numpy())
+    assert found is not None
+    payload_KN, scale_N = found
+    np.testing.assert_allclose(payload_KN * scale_N, rounded_NK.T.numpy(), rtol=2e-7, atol=0)
+    assert (np.abs(payload_KN) <= np.abs(payload_NK.T.numpy())).all()
+
+
+@pytest.mark.parametrize("largest", range(1, 128))
+def test_any_integer_may_be_the_largest_of_a_column(largest):
+    payload_K = np.array([0] * 40 + [1, -largest, largest // 2])
+    found = integers_of_columns((payload_K * 0.0137).astype(np.float32)[:, None])
+    assert found is not None
+    assert found[0][:, 0].tolist() == payload_K.tolist()
 
 
 def test_a_column_off_the_grid_has_no_integers():
@@ -112,6 +135,17 @@ def test_what_lies_on_no_grid_is_left_alone(onnx, tmp_path, layout):
     before = model.SerializeToString(deterministic=True)
     assert to_int8(model, layout) == 0
     assert model.SerializeToString(deterministic=True) == before
+
+
+def test_what_is_still_read_in_floating_point_is_listed(onnx):
+    off = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    model = graph_model(
+        onnx, {"on": on_grid(12, 5, 50, seed=0), "off": off}, on_grid(12, 9, 99, seed=3).T.copy()
+    )
+    assert [matrix.shape for matrix in left_in_fp32(model)] == [(12, 5), (12, 5), (9, 12)]
+    assert to_int8(model, "dynamic") == 2
+    left, scale = left_in_fp32(model)
+    assert np.array_equal(left, off) and scale.shape == (9, 1)
 
 
 def test_weights_alone_change_nothing(onnx, tmp_path):
