@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.nn.anatomy import UnknownFamilyError, describe, find_transformer
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.runtime.engine_timing import BackendReport, Timing, fastest, time_engines
+from lightning_compress.runtime.fast_linear import Engine
 from lightning_compress.runtime.joined_engine import JoinedEngine, PartEngine
 from lightning_compress.runtime.linear_backends import BACKENDS, build_engine, refusal
 from lightning_compress.runtime.packing import packed_encoder
@@ -63,7 +64,8 @@ def use_backend(
         What was chosen, and the times.
 
     Raises:
-        ValueError: If there is no quantised linear, a name is unknown, or a backend cannot compute a layer.
+        ValueError: If there is no quantised linear, a name is unknown, a backend cannot compute a layer, numbers of
+            rows are none, or states cannot be bfloat16; the model then is as it was.
 
     Example:
         >>> from lightning_compress.nn.block_format import BlockFormat
@@ -78,18 +80,22 @@ def use_backend(
         raise ValueError(
             f"{type(model).__name__} holds no quantised linear: call lightning_compress.quantize(model, ...) first"
         )
-    for layer in layers.values():
-        layer.engine = None
+    rows = _checked_rows(batch_tokens)
+    choices = {} if backend == "auto" else _named(backend, layers, one_factor)
     groups = _groups(model, layers)
     states = _states(model, layers, backend, bf16_states)
+    # all that can be refused was refused: from here on the reference computes, until the new engines are there
+    encoder = packed_encoder(model)
+    if encoder is not None:
+        encoder.states = None
+    for layer in layers.values():
+        layer.engine = None
     timings: list[Timing] = []
     if backend == "auto":
         like = torch.empty(0, dtype=states or _dtype(model), device=_device(layers))
-        choices = _measure(layers, groups, tuple(batch_tokens), one_factor, like, timings)
-    else:
-        choices = _named(backend, layers)
-    _install(layers, groups, choices, one_factor)
-    encoder = packed_encoder(model)
+        choices = _measure(layers, groups, rows, one_factor, like, timings)
+    for path, engine in _engines(layers, groups, choices, one_factor).items():
+        layers[path].engine = engine
     if encoder is not None:
         encoder.states = states
     report = BackendReport(choices, states, timings)
@@ -114,13 +120,29 @@ def check_backend(backend: str | Mapping[str, str]) -> None:
         raise ValueError(f"backend={unknown!r} is not one of {known}")
 
 
-def _named(backend: str | Mapping[str, str], layers: Mapping[str, QuantizedLinear]) -> dict[str, str]:
-    if isinstance(backend, str):
-        return dict.fromkeys(layers, backend)
-    if set(backend) != set(layers):
+def _checked_rows(batch_tokens: Sequence[int]) -> tuple[int, ...]:
+    rows = tuple(batch_tokens) if isinstance(batch_tokens, Sequence) else ()
+    if not rows or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in rows):
+        raise ValueError(
+            f"batch_tokens={batch_tokens!r} are no numbers of rows: give at least one, whole numbers from 1, such as "
+            "(16, 128)"
+        )
+    return rows
+
+
+def _named(
+    backend: str | Mapping[str, str], layers: Mapping[str, QuantizedLinear], one_factor: bool
+) -> dict[str, str]:
+    """Return the backend of each layer; first those are refused that cannot be."""
+    if not isinstance(backend, str) and set(backend) != set(layers):
         odd = sorted(set(backend) ^ set(layers))
         raise ValueError(f"backends are named for other layers than there are; only on one side: {odd[:5]}")
-    return dict(backend)
+    choices = dict.fromkeys(layers, backend) if isinstance(backend, str) else dict(backend)
+    for path, name in choices.items():
+        reason = None if name == "reference" else refusal(name, layers[path], one_factor=one_factor)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot compute {path!r}: {reason}")
+    return choices
 
 
 def _groups(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> list[Group]:
@@ -177,34 +199,29 @@ def _measure(
     return {path: choices[path] for path in layers}
 
 
-def _install(
+def _engines(
     layers: Mapping[str, QuantizedLinear],
     groups: Sequence[Group],
     choices: Mapping[str, str],
     one_factor: bool,
-) -> None:
-    """Give each layer its engine, unless the reference is to compute it; first those are refused that cannot be."""
-    engines = {path: name for path, name in choices.items() if name != "reference"}
-    for path, name in engines.items():
-        reason = refusal(name, layers[path], one_factor=one_factor)
-        if reason is not None:
-            raise ValueError(f"backend={name!r} cannot compute {path!r}: {reason}")
+) -> dict[str, Engine]:
+    """Build an engine for each layer that the reference is not to compute."""
+    engines: dict[str, Engine] = {}
     for group in groups:
         parts = [layers[path] for path in group]
         names = {choices[path] for path in group}
         build = {
-            path: partial(build_engine, engines[path], layers[path], one_factor=one_factor)
+            path: partial(build_engine, choices[path], layers[path], one_factor=one_factor)
             for path in group
-            if path in engines
+            if choices[path] != "reference"
         }
         if len(names) > 1 or len(build) < 2:
-            for path, build_one in build.items():
-                layers[path].engine = build_one()
+            engines |= {path: build_one() for path, build_one in build.items()}
             continue
         whole = build_engine(names.pop(), parts, one_factor=one_factor)
         joined = JoinedEngine(whole, [part.out_features for part in parts])
-        for place, path in enumerate(group):
-            layers[path].engine = PartEngine(joined, place, build[path])
+        engines |= {path: PartEngine(joined, place, build[path]) for place, path in enumerate(group)}
+    return engines
 
 
 def _states(

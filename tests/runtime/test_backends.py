@@ -306,6 +306,57 @@ def test_a_backend_that_cannot_is_refused_with_the_layer_and_nothing_changes(ber
         use_backend(bert, {"classifier": "fp32"})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"backend": {"classifier": "fp32"}},
+        {"backend": "nf4"},
+        {"backend": "int5"},
+        {"batch_tokens": (0,)},
+    ],
+    ids=str,
+)
+def test_what_is_refused_leaves_engines_and_states_as_they_were(bert, wrong):
+    model = pack(bert)
+    use_backend(model, "bf16", bf16_states=True, verbose=False)
+    fast = logits(model)
+    with pytest.raises(ValueError):
+        use_backend(model, **wrong)
+    assert packed_encoder(model).states == torch.bfloat16
+    assert torch.equal(logits(model), fast)
+    model.bert.encoder.layer[0].output.dense = nn.Linear(48, 32)
+    with pytest.raises(ValueError, match="not quantised"):
+        use_backend(model, "fp32", bf16_states=True)
+    assert packed_encoder(model).states == torch.bfloat16
+    assert model.bert.encoder.layer[1].output.dense.engine is not None
+
+
+@pytest.mark.parametrize("failing", ["time_engines", "build_engine"])
+def test_what_fails_on_the_way_leaves_the_reference(bert, failing, monkeypatch):
+    model = pack(bert)
+    before = logits(model)
+    use_backend(model, "bf16", bf16_states=True, verbose=False)
+    original, calls = getattr(backends, failing), []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(backends, failing, fail)
+    with pytest.raises(MemoryError):
+        use_backend(model, "auto" if failing == "time_engines" else "fp32", batch_tokens=(2,), verbose=False)
+    assert packed_encoder(model).states is None
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (-1,), (8, "a"), (1.5,), (True,), 8])
+def test_numbers_of_rows_that_are_none_are_refused(bert, wrong):
+    with pytest.raises(ValueError, match=r"batch_tokens=.* whole numbers from 1.*such as \(16, 128\)"):
+        use_backend(bert, "auto", batch_tokens=wrong)
+
+
 def test_any_module_with_quantised_linears_will_do():
     torch.manual_seed(0)
     model = nn.Sequential(
