@@ -32,7 +32,7 @@ Group = tuple[str, ...]
 
 def use_backend(
     model: nn.Module,
-    backend: str | Mapping[str, str] = "auto",
+    backend: str | Mapping[str, str] | BackendReport = "auto",
     *,
     batch_tokens: Sequence[int] = (16, 128, 1024),
     one_factor: bool = False,
@@ -51,13 +51,14 @@ def use_backend(
     Args:
         model: A model with quantised linears, as ``quantize`` or ``load`` return it; for encoders, ``pack`` it first.
         backend: ``"auto"``, one of ``"int8"``, ``"triton"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or
-            ``"reference"``; or, for each layer by its path, such a name: what an earlier report's ``choices`` hold.
+            ``"reference"``; for each layer by its path such a name; or an earlier report, whose choices and dtype of
+            states are taken again.
         batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
         one_factor: Let ``"int8"`` round all rows of a call by one factor: on processors by PyTorch's own dynamic
             quantisation. Faster; but then texts of a batch change each other's rounding, outliers of one row cost all
             of them precision, integers are not those of the reference, and NaN may be taken for an ordinary number.
-        bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does where the processor
-            has AMX and the backend is ``"auto"``.
+        bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does as an earlier report
+            says that is given, and otherwise where the processor has AMX and the backend is ``"auto"``.
         verbose: Print what was chosen.
 
     Returns:
@@ -75,6 +76,9 @@ def use_backend(
         {'0': 'fp32'}
     """
     check_backend(backend)
+    if isinstance(backend, BackendReport):
+        bf16_states = backend.states is not None if bf16_states is None else bf16_states
+        backend = backend.choices
     layers = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     if not layers:
         raise ValueError(
@@ -104,7 +108,7 @@ def use_backend(
     return report
 
 
-def check_backend(backend: str | Mapping[str, str]) -> None:
+def check_backend(backend: str | Mapping[str, str] | BackendReport) -> None:
     """Refuse names that are none, before a model is there.
 
     Raises:
@@ -113,8 +117,9 @@ def check_backend(backend: str | Mapping[str, str]) -> None:
     Example:
         >>> check_backend("auto")
     """
-    names = [backend] if isinstance(backend, str) else sorted(set(backend.values()))
-    known = [*BACKENDS, "reference", *(["auto"] if isinstance(backend, str) else [])]
+    choices = backend.choices if isinstance(backend, BackendReport) else backend
+    names = [choices] if isinstance(choices, str) else sorted(set(choices.values()))
+    known = [*BACKENDS, "reference", *(["auto"] if isinstance(choices, str) else [])]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         raise ValueError(f"backend={unknown!r} is not one of {known}")

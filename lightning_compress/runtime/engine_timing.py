@@ -48,10 +48,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Which backend computes which layer, and why."""
+    """Which backend computes which layer, and why; give it to ``use_backend`` to choose the same without measuring."""
 
     choices: dict[str, str]
-    """Backend of each layer, by path; give it to ``use_backend`` to choose the same again without measuring."""
+    """Backend of each layer, by path."""
     states: torch.dtype | None = None
     """Dtype between the operators of a packed encoder; None for that of the model."""
     timings: list[Timing] = field(default_factory=list)

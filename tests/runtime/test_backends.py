@@ -12,8 +12,9 @@ from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.block_format import BlockFormat
 from lightning_compress.nn.quantized_linear import QuantizedLinear
 from lightning_compress.nn.surgery import get_module, replace_module
-from lightning_compress.runtime import backends, int8_linear, pack, packed_encoder
+from lightning_compress.runtime import backends, int8_linear, pack, packed_encoder, unpack
 from lightning_compress.runtime.backends import check_backend, use_backend
+from lightning_compress.runtime.engine_timing import BackendReport
 from lightning_compress.runtime.int8_linear import has_int8_kernels
 from lightning_compress.runtime.joined_engine import PartEngine
 from tests.runtime.conftest import FAMILIES, ragged
@@ -213,6 +214,30 @@ def test_what_was_chosen_once_can_be_chosen_again_without_measuring(bert, monkey
     assert again.choices == use.choices and again.timings == []
 
 
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_a_report_brings_the_dtype_of_states_back_and_choices_alone_do_not(bert, monkeypatch, has_amx):
+    monkeypatch.setattr(backends, "_has_amx", lambda: has_amx)
+    model = pack(bert)
+    report = use_backend(model, "auto", batch_tokens=(2,), verbose=False)
+    fast = logits(model)
+    assert report.states == (torch.bfloat16 if has_amx else None)
+    for had_amx in (True, False):
+        monkeypatch.setattr(backends, "_has_amx", lambda had_amx=had_amx: had_amx)
+        again = use_backend(model, report, verbose=False)
+        assert (again.choices, again.states, again.timings) == (report.choices, report.states, [])
+        assert packed_encoder(model).states == report.states
+        assert torch.equal(logits(model), fast)
+    assert use_backend(model, report.choices, verbose=False).states is None
+    assert use_backend(model, report, bf16_states=False, verbose=False).states is None
+
+
+def test_a_report_is_refused_where_its_states_cannot_be(bert):
+    report = use_backend(pack(bert), "fp32", bf16_states=True, verbose=False)
+    with pytest.raises(ValueError, match=r"call pack\(model\) first"):
+        use_backend(unpack(bert), report, verbose=False)
+    assert use_backend(bert, report, bf16_states=False, verbose=False).states is None
+
+
 def test_layers_that_integers_cannot_do_get_another_backend(bert):
     model = bert
     path = "bert.encoder.layer.1.output.dense"
@@ -370,8 +395,8 @@ def test_any_module_with_quantised_linears_will_do():
 
 
 def test_names_are_known_before_there_is_a_model():
-    for known in ("auto", "reference", "nf4", {"a": "bf16", "b": "reference"}):
+    for known in ("auto", "reference", "nf4", {"a": "bf16", "b": "reference"}, BackendReport({"a": "fp32"})):
         check_backend(known)
-    for unknown in ("int5", {"a": "bf16", "b": "auto"}):
+    for unknown in ("int5", {"a": "bf16", "b": "auto"}, BackendReport({"a": "int5"})):
         with pytest.raises(ValueError, match="is not one of"):
             check_backend(unknown)
