@@ -62,7 +62,7 @@ def quantize(
 
     Raises:
         ValueError: If a setting is out of its range, the model is quantised already, is in training form, or something
-            in it cannot be quantised. It is as it was then, but for adapters where weights are not finite.
+            in it cannot be quantised. It is as it was then.
 
     Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), "without retraining"; BCT-style, our own design.
 

@@ -21,7 +21,7 @@ from lightning_compress.nn.block_format import Factor
 from lightning_compress.nn.block_quantization import QuantizationGates
 from lightning_compress.nn.operator_formats import OPERATORS, OperatorFormats, Preset, preset
 from lightning_compress.nn.quantization_plan import quantize_model, restore_quantized
-from lightning_compress.nn.quantized_places import find_places
+from lightning_compress.nn.quantized_places import check_finite, find_places
 from lightning_compress.nn.rounded_places import left_out
 from lightning_compress.nn.surgery import Ledger, get_module, unwrap_adapter
 from lightning_compress.plan import PlanError
@@ -150,12 +150,16 @@ def convert(handle: BlockQuantizationHandle) -> dict[str, Any]:
     Returns:
         What is quantised where, see :func:`~lightning_compress.nn.quantization_plan.quantize_model`, and under
         ``"merged"`` the paths of linears that lost an adapter, if there are any.
+
+    Raises:
+        ValueError: If weights are not finite: training has diverged. Only the gates are gone then.
     """
     model, ledger, formats = handle.model, handle.ledger, handle.config.formats
     ledger.revert()
     exclude = left_out(model, formats, handle.gates.places)
-    linears = find_places(model, formats, exclude)["linears"]
-    merged = [path for path in linears if fold_adapter(ledger, path)]
+    places = find_places(model, formats, exclude)
+    check_finite(model, places)
+    merged = [path for path in places["linears"] if fold_adapter(ledger, path)]
     structure = quantize_model(model, formats, exclude, ledger)
     return {**structure, "merged": merged} if merged else structure
 

@@ -22,7 +22,7 @@ from lightning_compress.nn.quantized_parts import (
     QuantizedNorm,
     is_norm,
 )
-from lightning_compress.nn.quantized_places import find_places
+from lightning_compress.nn.quantized_places import check_finite, find_places
 from lightning_compress.nn.surgery import Ledger, get_module, is_linear, unwrap_adapter
 from lightning_compress.plan import PlanError
 
@@ -68,8 +68,7 @@ def quantize_model(
          'encoder.layer.0.output.dense']
     """
     places = find_places(model, formats, exclude)
-    for path in (*places["linears"], *places["embeddings"]):
-        _check_finite(model, path)
+    check_finite(model, places)
     structure = {"formats": formats.to_dict(), **places}
     _install(Ledger(model) if ledger is None else ledger, formats, structure, fill=True)
     return structure
@@ -86,15 +85,6 @@ def restore_quantized(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
     ledger = Ledger(model)
     _install(ledger, formats, structure, fill=False)
     return ledger
-
-
-def _check_finite(model: nn.Module, path: str) -> None:
-    weight = cast(nn.Linear, _linear_at(model, path)[1]).weight
-    if not weight.is_meta and not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"the weight of {path} holds NaN or infinities: quantise finite numbers only (did training diverge? a "
-            "smaller learning rate or gradient_clip_val may help), or exclude it"
-        )
 
 
 def _install(ledger: Ledger, formats: OperatorFormats, structure: Mapping[str, Any], *, fill: bool) -> None:

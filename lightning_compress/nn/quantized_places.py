@@ -5,7 +5,7 @@ The next chapter is :mod:`lightning_compress.nn.quantization_plan`, which change
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_compress.nn.quantized_parts import (
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear
 from lightning_compress.nn.surgery import get_module, is_linear, names_of, unwrap_adapter
 
-__all__ = ["find_places"]
+__all__ = ["check_finite", "find_places"]
 
 _QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedNorm, QuantizedActivation)
 
@@ -69,6 +69,24 @@ def find_places(model: nn.Module, formats: OperatorFormats, exclude: Sequence[st
         path: activation_function(get_module(model, path)) for path in places["activations"]
     }
     return places
+
+
+def check_finite(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Refuse places whose weights hold NaN or infinities, or those of what a method or an adapter trains there.
+
+    What is on the meta device holds nothing.
+
+    Raises:
+        ValueError: With the path of the first.
+    """
+    for path in (*places["linears"], *places["embeddings"], *places["norms"]):
+        for name, parameter in get_module(model, path).named_parameters():
+            is_weight = not name.endswith("bias") and not parameter.is_meta
+            if is_weight and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"the weight of {path} holds NaN or infinities: quantise finite numbers only (did training "
+                    "diverge? A smaller learning rate or gradient_clip_val may help), or exclude it"
+                )
 
 
 def _linears(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.operator_formats import OperatorFormats
-from lightning_compress.nn.quantized_places import find_places
+from lightning_compress.nn.quantized_places import check_finite, find_places
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
 from lightning_compress.nn.surgery import replace_module
 from lightning_compress.nn.width_gate import StructureGate
@@ -69,14 +69,17 @@ def places_in_training(
     """Return what :func:`~lightning_compress.nn.quantized_places.find_places` would of the model as it was dense.
 
     Raises:
-        ValueError: If an operator or a pattern of ``exclude`` finds nothing, or what is found cannot be quantised.
+        ValueError: If an operator or a pattern of ``exclude`` finds nothing, or what is found cannot be quantised or
+            has weights that are not finite.
     """
     memo: dict[int, Any] = {id(t): _empty(t) for t in [*model.parameters(), *model.buffers()]}
     skeleton = copy.deepcopy(model, memo)
     for path, module in list(skeleton.named_modules()):
         if isinstance(module, SoftThresholdLinear):
             replace_module(skeleton, path, module.dense_blank())
-    return find_places(skeleton, formats, exclude)
+    places = find_places(skeleton, formats, exclude)
+    check_finite(model, places)
+    return places
 
 
 def left_out(model: nn.Module, formats: OperatorFormats, places: Mapping[str, Iterable[str]]) -> list[str]:

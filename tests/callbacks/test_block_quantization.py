@@ -79,6 +79,14 @@ def test_what_is_excluded_stays_dense_beside_attention_in_integers(start: float)
     assert kinds == [nn.Linear, QuantizedLinear, nn.Linear] and quantised(module) == 8
 
 
+def test_weights_that_are_not_finite_are_refused_before_a_step() -> None:
+    module, watch = ToyModule(), Watch()
+    module.model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
+        fitted(BlockQuantization(), watch, module=module, log_every_n_steps=1)
+    assert watch.seen == []
+
+
 def test_the_strength_that_is_logged_ramps() -> None:
     watch = Watch()
     fitted(BlockQuantization(**TRAINED), watch, log_every_n_steps=1)

@@ -121,6 +121,16 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
     assert list(model.state_dict()) == names and torch.equal(answer(model), before) and plan_of(model) is None
 
 
+def test_what_is_not_finite_can_be_excluded() -> None:
+    model = tiny_bert()
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
+    before = repr(model)
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
+        quantize(model)
+    assert repr(model) == before and plan_of(model) is None
+    assert quantised_layers(quantize(model, exclude=["*.1.output.dense"])) == 11
+
+
 def test_a_module_in_training_form_is_refused() -> None:
     module = ToyModule()
     toy_trainer(callbacks=[SoftThresholdRank(target_params=0.5, rank_multiple=4, convert=False)]).fit(

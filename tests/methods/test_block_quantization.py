@@ -212,6 +212,20 @@ def test_what_cannot_be_quantised_is_refused_before_training() -> None:
         prepare(handle.model, BlockQuantizationConfig())
 
 
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default"])
+def test_training_that_diverged_is_noticed_before_anything_is_rounded(part: str) -> None:
+    handle = prepare(adapted(), BlockQuantizationConfig())
+    before = repr(handle.model)
+    weight = handle.model.get_submodule(f"{QUERY}.{part}").weight
+    weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=f"{QUERY} holds NaN"):
+        convert(handle)
+    assert (
+        repr(handle.model) == before
+        and int(handle.model.state_dict()[f"{QUERY}.{part}.weight"].isnan().sum()) == 1
+    )
+
+
 @pytest.mark.parametrize("merged", ["query", ["pooler"], [1]])
 def test_a_plan_that_merges_what_it_does_not_list_is_refused(merged: Any) -> None:
     structure = convert(prepared())

@@ -1,10 +1,11 @@
 import pytest
+import torch
 from torch import nn
 
 from lightning_compress.nn.factored_embedding import factor_embedding
 from lightning_compress.nn.operator_formats import OperatorFormats, preset
 from lightning_compress.nn.quantized_linear import QuantizedLinear
-from lightning_compress.nn.quantized_places import find_places
+from lightning_compress.nn.quantized_places import check_finite, find_places
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, SoftThresholdLinear
 
 EVERYTHING = preset("w8a8", operators="all")
@@ -84,12 +85,48 @@ def test_layers_in_training_form_and_quantised_ones_are_refused(tiny):
     dense = output.dense
     for taken, message in (
         (SoftThresholdLinear(dense), "SoftThresholdLinear, which cannot be quantised"),
-        (QuantizedLinear.from_linear(dense, EVERYTHING.weight), "output.dense is quantised already"),
+        (
+            QuantizedLinear.from_linear(dense, EVERYTHING.weight),
+            "output.dense is quantised already",
+        ),
     ):
         output.dense = taken
         with pytest.raises(ValueError, match=message):
             find_places(model, EVERYTHING)
         find_places(model, EVERYTHING, exclude=["*.1.output.dense"])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "path",
+    ["encoder.layer.1.output.dense", "embeddings.position_embeddings", "encoder.layer.0.output.LayerNorm"],
+)
+def test_places_whose_weights_are_not_finite_are_named(tiny, path, value):
+    model = tiny("bert", "BertModel")
+    places = find_places(model, EVERYTHING)
+    check_finite(model, places)
+    model.get_submodule(path).weight.data.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"weight of {path} holds NaN or infinities.*exclude it"):
+        check_finite(model, places)
+    check_finite(model, find_places(model, EVERYTHING, exclude=[path]))
+    check_finite(model.to("meta"), places)
+
+
+def test_factors_and_adapters_in_a_place_are_looked_at_too(tiny):
+    peft = pytest.importorskip("peft")
+    model = tiny("bert", "BertModel")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
+    layer = model.encoder.layer[0]
+    layer.output.dense = SoftThresholdLinear(layer.output.dense)
+    places = {"linears": ["encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense"]}
+    places |= {"embeddings": [], "norms": []}
+    check_finite(model, places)
+    layer.output.dense.v_MI.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense holds NaN"):
+        check_finite(model, places)
+    layer.attention.self.query.lora_A["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"self\.query holds NaN"):
+        check_finite(model, places)
 
 
 def test_only_models_of_known_families_are_looked_at():

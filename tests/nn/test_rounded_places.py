@@ -33,6 +33,14 @@ def test_places_of_layers_in_training_are_those_of_the_dense_model() -> None:
         places_in_training(model, FORMATS, ["*.conv"])
 
 
+def test_weights_that_are_not_finite_are_found_before_training() -> None:
+    model = tiny_bert()
+    model.bert.encoder.layer[1].intermediate.dense.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"layer\.1\.intermediate\.dense holds NaN"):
+        places_in_training(model, FORMATS)
+    assert len(places_in_training(model, FORMATS, ["*.1.intermediate.dense"])["linears"]) == 11
+
+
 def test_looking_for_places_leaves_the_model_alone() -> None:
     model = tiny_bert()
     before = {name: (id(t), t.device) for name, t in model.state_dict(keep_vars=True).items()}
