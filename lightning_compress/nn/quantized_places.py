@@ -137,7 +137,10 @@ def _attention(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
 def _check_fits(model: nn.Module, kind: str, path: str) -> None:
     module: Any = get_module(model, unwrap_adapter(model, path) if kind == "linears" else path)
     if isinstance(module, _QUANTIZED) or getattr(module, "block_attention", None) is not None:
-        raise ValueError(f"{path} is quantised already: exclude it, or start from a model in which it is not")
+        raise ValueError(
+            f"{path} is quantised already, and a model is quantised once: start from the dense model, and name all "
+            "operators and bits that are wanted together"
+        )
     fits = {
         "linears": is_linear,
         "embeddings": lambda table: type(table) is nn.Embedding and table.max_norm is None,

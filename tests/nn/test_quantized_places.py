@@ -87,7 +87,7 @@ def test_layers_in_training_form_and_quantised_ones_are_refused(tiny):
         (SoftThresholdLinear(dense), "SoftThresholdLinear, which cannot be quantised"),
         (
             QuantizedLinear.from_linear(dense, EVERYTHING.weight),
-            "output.dense is quantised already",
+            r"output.dense is quantised already.*start from the dense model",
         ),
     ):
         output.dense = taken
