@@ -90,6 +90,7 @@ def test_the_same_choice_in_other_words_is_the_same_config() -> None:
         ({"bits": {"weight": 9}}, "bits=9 is not from 2 to 8"),
         ({"bits": {"table": 4}}, "bits for \\['table'\\]"),
         ({"bits": {"weight": 4.5}}, "bits of 'weight' are 4.5: give a whole number from 2 to 8"),
+        ({"bits": {"weight": True}}, "bits of 'weight' are True"),
         ({"bits": {"weight": "four"}}, "bits of 'weight' are 'four'"),
         ({"bits": ["weight=4", "weight=8"]}, "names something twice"),
         ({"bits": 9}, "bits=9 is no list of words"),
