@@ -37,9 +37,9 @@ class FbgemmProduct:
 
     Example:
         >>> weight_NK, scales_N = torch.tensor([[100, -3]], dtype=torch.int8), torch.tensor([0.5])
-        >>> product = FbgemmProduct(weight_NK, scales_N) if has_fbgemm() else None
-        >>> product is None or product(torch.tensor([[1.0, 4.0]]), scale=2.0)  # 1/2 is rounded to even: 0
-        tensor([[-6.]])
+        >>> if has_fbgemm():
+        ...     product = FbgemmProduct(weight_NK, scales_N)
+        ...     assert product(torch.tensor([[1.0, 4.0]]), scale=2.0).item() == -6.0  # 1/2 is rounded to even: 0
     """
 
     def __init__(self, weight_NK: Tensor, scales_N: Tensor) -> None:

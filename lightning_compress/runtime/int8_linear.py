@@ -71,9 +71,9 @@ class Int8Engine(_IntegerEngine):
 
     Example:
         >>> weight_NK, scales_N = torch.tensor([[127, -127]], dtype=torch.int8), torch.tensor([0.5])
-        >>> engine = Int8Engine(weight_NK, scales_N, torch.tensor([1.0])) if has_int8_kernels() else None
-        >>> engine is None or engine(torch.tensor([[2.0, 1.0]])).round(decimals=1).tolist()
-        [[64.0]]
+        >>> if has_int8_kernels():
+        ...     engine = Int8Engine(weight_NK, scales_N, bias_N=torch.tensor([1.0]))
+        ...     assert engine(torch.tensor([[2.0, 1.0]])).round(decimals=1).tolist() == [[64.0]]
     """
 
     def _lay_out(self, weight_NK: Tensor) -> None:

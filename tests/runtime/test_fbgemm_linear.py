@@ -1,3 +1,4 @@
+import doctest
 import threading
 import time
 import warnings
@@ -79,3 +80,4 @@ def test_a_build_without_it_is_told(monkeypatch):
     monkeypatch.setattr(fbgemm_linear, "has_fbgemm", lambda: False)
     with pytest.raises(RuntimeError, match="no fbgemm"):
         FbgemmProduct(*weight()[:2])
+    assert doctest.testmod(fbgemm_linear).failed == 0

@@ -1,5 +1,7 @@
 """Engines against products of integers in float64, written out here."""
 
+import doctest
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,3 +167,4 @@ def test_a_processor_without_such_products_is_told_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(RuntimeError, match='"bf16" or "fp32"'):
         Int8Engine(*weight())
+    assert doctest.testmod(int8_linear).failed == 0
