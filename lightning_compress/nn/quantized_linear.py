@@ -115,7 +115,7 @@ class QuantizedLinear(PackedMatrix):
     def engine(self) -> Engine | None:
         """What computes the layer where gradients are off, in the place of the reference; a plain callable.
 
-        It belongs to this very module: copies and pickles leave it out, and moving, casting and loading drop it.
+        It belongs to this very module: copies, pickles and replicas leave it out; moving, casting and loading drop it.
         """
         return self._engine
 
@@ -154,6 +154,11 @@ class QuantizedLinear(PackedMatrix):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engine": None}
+
+    def _replicate_for_data_parallel(self) -> QuantizedLinear:
+        replica: QuantizedLinear = super()._replicate_for_data_parallel()  # type: ignore[assignment]
+        replica._engine = None
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._engine = None

@@ -117,6 +117,8 @@ def test_an_engine_computes_where_gradients_are_off_and_goes_when_it_may_be_out_
         ):
             assert other.engine is None
             torch.testing.assert_close(other(x_MK), reference)
+        # what nn.DataParallel makes on other devices
+        assert layer._replicate_for_data_parallel().engine is None
         assert layer.engine is not None
         layer.load_state_dict(layer.state_dict())
         assert layer.engine is None
