@@ -34,7 +34,7 @@ def find_places(model: nn.Module, formats: OperatorFormats, exclude: Sequence[st
     """Return what the formats apply to: paths of ``linears``, ``embeddings``, ``norms`` and ``attention``.
 
     Of linears these are those of the layers (both factors where the rank is low) and what widens narrow embeddings.
-    Under ``activations`` is the function at each path.
+    Under ``activations`` is the function at each path. Tables that share their weights with a head stay as they are.
 
     Raises:
         TypeError: If ``model`` is not a ``PreTrainedModel``.
@@ -55,8 +55,10 @@ def find_places(model: nn.Module, formats: OperatorFormats, exclude: Sequence[st
         found = list(finder(model, anatomy)) if is_wanted else []
         unmatched -= {p for p in patterns if any(fnmatchcase(path, p) for path in found)}
         places[kind] = [path for path in found if not any(fnmatchcase(path, p) for p in patterns)]
-        if is_wanted and not places[kind]:
+        if is_wanted and not places[kind] and (found or kind != "embeddings"):
             raise ValueError(_nothing_left(model, kind, found, patterns))
+    if not any(places.values()):
+        raise ValueError(_nothing_left(model, "embeddings", [], patterns))
     if unmatched:
         raise ValueError(
             f"exclude={sorted(unmatched)} match nothing that would be quantised: leave them out, or give patterns of "
@@ -162,5 +164,5 @@ def _nothing_left(model: nn.Module, kind: str, found: list[str], patterns: Seque
         )
     return (
         f"{type(model).__name__} has no {kind} that can be quantised (tables that share their weights with a head stay "
-        "as it is): leave the operator out"
+        "as they are): give other operators"
     )
