@@ -137,7 +137,7 @@ class Compressor:
             if stem in done:
                 raise ValueError(
                     f"this model was compressed before, by {stem} with {done[stem]}; it cannot be compressed again by "
-                    f"{config}. Start from the dense model, or drop the callback to fine-tune the compressed one"
+                    f"{config}. Start from the dense model, or go on with the compressed one as it is"
                 )
         for stem, config in self.configs.items():
             self.handles[stem] = self._prepared(config)

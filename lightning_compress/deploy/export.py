@@ -82,7 +82,7 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: If the extra is not installed.
         ValueError: If the length does not fit the model, is below 2, or dynamic with counts, the batch is below 1, the
-            runtime is unknown, the model drops tokens and there are no counts, or for the reasons of
+            runtime is unknown, the path is a folder or below a file, the model drops tokens and there are no counts, or for the reasons of
             :func:`~lightning_compress.runtime.static.make_static`.
         RuntimeError: If onnxruntime computes something else, or a weight that is to be in int8 would not be.
 
@@ -102,18 +102,28 @@ def export_onnx(
             "drop nothing; on the command line --texts FILE with typical texts, one a line, or --counts"
         )
     static = make_static(model, counts, exit_layer=exit_layer)
+    target = _target(Path(path))
     rounded = _round(static) if int8 else []
     to_float_form(static)
     program = OnnxProgram(static.float().cpu()).eval()
     weights = {path: static.get_parameter(f"{path}.weight") for path in rounded}
     sizes = _Sizes(length, batch, longest)
-    target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = Path(folder) / "model.onnx"
         _write(program, sizes, written, runtime if int8 else None, weights)
         os.replace(written, target)
     return Path(path)
+
+
+def _target(path: Path) -> Path:
+    """Return where to write, in a folder that is there, before minutes are spent."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}")
+    try:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path} would be below a file: name another folder ({error})") from error
+    return path.resolve()
 
 
 class _Sizes:

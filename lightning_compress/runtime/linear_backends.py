@@ -143,7 +143,10 @@ def _int8_refusal(parts: list[QuantizedLinear], one_factor: bool) -> str | None:
     if held is None:
         return _FLOAT_INPUTS
     if not one_factor and held.block not in ((1, 0), (0, 0)):
-        return f"its inputs are in blocks {held.block}, and integers are multiplied fast by whole rows only"
+        return (
+            f"its inputs are in blocks {held.block}, and integers are multiplied fast by whole rows only; quantise it by "
+            'rows, or use "bf16" or "fp32"'
+        )
     if any(part.weight_factors.shape[1] != 1 for part in parts):
         return (
             f"its weight is in blocks {parts[0].weight_format.block}, with several factors for an output; quantise it "

@@ -87,6 +87,16 @@ def test_a_dense_model_gives_its_own_logits(tmp_path, prepare):
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_folder_or_a_place_below_a_file_is_refused_before_anything_is_traced(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "to_float_form", lambda static: pytest.fail("tracing began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"is a folder: name the file to write, such as .*model\.onnx"):
+        export_onnx(tiny_bert().eval(), tmp_path, length=LENGTH)
+    with pytest.raises(ValueError, match="below a file: name another folder"):
+        export_onnx(tiny_bert().eval(), tmp_path / "file" / "model.onnx", length=LENGTH)
+
+
+@pytest.mark.usefixtures("installed")
 def test_without_dropping_texts_may_have_any_length(tmp_path):
     model = tiny_bert(initializer_range=0.3).eval()
     path = export_onnx(model, tmp_path / "model.onnx", length="dynamic")
