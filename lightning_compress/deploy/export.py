@@ -82,8 +82,8 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: If the extra is not installed.
         ValueError: If the length does not fit the model, is below 2, or dynamic with counts, the batch is below 1, the
-            runtime is unknown, the path is a folder or below a file, the model drops tokens and there are no counts, or for the reasons of
-            :func:`~lightning_compress.runtime.static.make_static`.
+            runtime is unknown, the path is a folder or below a file, the model drops tokens and there are no counts, or
+            for the reasons of :func:`~lightning_compress.runtime.static.make_static`.
         RuntimeError: If onnxruntime computes something else, or a weight that is to be in int8 would not be.
 
     Example:

@@ -144,8 +144,8 @@ def _int8_refusal(parts: list[QuantizedLinear], one_factor: bool) -> str | None:
         return _FLOAT_INPUTS
     if not one_factor and held.block not in ((1, 0), (0, 0)):
         return (
-            f"its inputs are in blocks {held.block}, and integers are multiplied fast by whole rows only; quantise it by "
-            'rows, or use "bf16" or "fp32"'
+            f"its inputs are in blocks {held.block}, and integers are multiplied fast by whole rows only; quantise "
+            'it by rows, or use "bf16" or "fp32"'
         )
     if any(part.weight_factors.shape[1] != 1 for part in parts):
         return (
