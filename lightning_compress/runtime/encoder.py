@@ -154,6 +154,11 @@ class PackedEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trail": (), "_lean": [], "states": None}
 
+    def _replicate_for_data_parallel(self) -> PackedEncoder:
+        replica: PackedEncoder = super()._replicate_for_data_parallel()  # type: ignore[assignment]
+        replica.states = None
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEncoder:
         self.states = None
         super()._apply(fn, recurse)

@@ -125,6 +125,16 @@ def test_other_weights_go_back_to_the_reference(bert, change):
     assert torch.equal(logits(change(model)), expected)
 
 
+def test_replicas_on_other_devices_go_back_to_the_reference(bert):
+    model = pack(bert)
+    use_backend(model, "bf16", bf16_states=True, verbose=False)
+    encoder = packed_encoder(model)
+    # what nn.DataParallel makes of each module
+    assert encoder._replicate_for_data_parallel().states is None
+    assert encoder.layer[0].output.dense._replicate_for_data_parallel().engine is None
+    assert encoder.states == torch.bfloat16
+
+
 def test_layers_can_stay_with_the_reference_by_name_and_all_choices_can_be_given_again(bert):
     reference = use_backend(bert, "reference", verbose=False).choices
     before = logits(bert)
