@@ -45,14 +45,17 @@ class LiveBias:
         """Return the live form of a tensor, whose changes in place are seen; what is live already stays."""
         if isinstance(bias, LiveBias):
             return bias
-        live = cls([])
+        live = cls.__new__(cls)
         live._owners = ({"bias": bias},)
         return live
 
     def __call__(self, dtype: torch.dtype) -> Tensor | None:
         """Return the bias in a dtype, ``[N]``; None if there is none."""
-        parts = [part for owner in self._owners if (part := owner["bias"]) is not None]
-        if not parts:
+        bias_N = self._owners[0]["bias"]
+        if bias_N is None:
             return None
-        bias_N = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return bias_N.detach().to(dtype)
+        if len(self._owners) > 1:
+            bias_N = torch.cat([owner["bias"] for owner in self._owners])  # type: ignore[misc]
+        if bias_N.dtype != dtype:
+            bias_N = bias_N.to(dtype)
+        return bias_N.detach() if bias_N.requires_grad and torch.is_grad_enabled() else bias_N
