@@ -56,7 +56,7 @@ class Int8Engine(_IntegerEngine):
     in a single row may go to either side. (With shifts the reference also rounds the bias, to the exponent of its
     accumulator; here it is added as it is.) Rows are independent of each other where the format has a factor per row.
     For inputs in bfloat16 outputs are rounded to it once; but where oneDNN multiplies rows with a factor each, product,
-    factors, bias and their results are all rounded to it on the way, since passes in float32 take longer.
+    factors, bias and their results are all rounded to it on the way: over many rows passes in float32 take longer.
     An infinity or NaN spoils all outputs that share its factor, its row's or the call's, where the reference raises.
 
     Args:
