@@ -1,7 +1,7 @@
 """Engines: one linear with a quantised weight, computed as fast as the machine can.
 
-An engine is built once from a weight and a bias, keeps the weight in the layout that its kernel wants, and never
-changes: any number of threads may call it. It knows nothing of gradients and of artefacts. Here are those that leave
+An engine is built once from a weight, keeps it in the layout that its kernel wants, and reads the bias at every call;
+any number of threads may call it. It knows nothing of gradients and of artefacts. Here are those that leave
 inputs as they are; the next chapter, :mod:`lightning_compress.runtime.int8_linear`, has those that round them.
 
 Shape legend: M rows of the input, N outputs, K inputs.
