@@ -51,7 +51,7 @@ BLOCKS = ("row", "64x64", "32x32", "1x128", "1x32", "layer")
 FACTORS = ("scale", "shift")
 SINGLE = ("weight", "linear", "embedding", "attention", "softmax", "activation", "norm")
 """One operator at a time; ``weight`` is the linears' weights without their inputs."""
-TRAININGS: dict[str, dict[str, float]] = {
+TRAININGS: dict[str, dict[str, Any]] = {
     "qat": {"start": 0.0},
     "early": {"start": 0.0, "ramp_end": 0.1},
     "after": {"start": 1.0},
