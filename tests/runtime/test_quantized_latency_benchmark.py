@@ -30,7 +30,8 @@ def results(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_rival_gets_a_row_per_shape_and_absent_ones_are_named(script, results, capsys):
     wanted = ["--rivals", "packed fp32", "w8a8", "--rounds", "2", "--shapes", "1x4", "8x4"]
     script.main(wanted)
-    names = ["dense fp32", "dense bf16", "packed fp32", "w8a8", "w8a8 packed", "w8a8 packed, all int8"]
+    ours = ["w8a8", "w8a8 bf16", "w8a8 packed", "w8a8 packed, all int8"]
+    names = ["dense fp32", "dense bf16", "packed fp32", *ours]
     assert [row["rival"] for row in results] == names * 2
     assert [row["batch_size"] for row in results] == [1] * 6 + [8] * 6
     assert results[0]["x_fp32"] == results[1]["x_bf16"] == 1.0
