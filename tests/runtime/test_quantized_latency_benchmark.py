@@ -33,14 +33,14 @@ def test_every_rival_gets_a_row_per_shape_and_absent_ones_are_named(script, resu
     ours = ["w8a8", "w8a8 bf16", "w8a8 packed", "w8a8 packed, all int8"]
     names = ["dense fp32", "dense bf16", "packed fp32", *ours]
     assert [row["rival"] for row in results] == names * 2
-    assert [row["batch_size"] for row in results] == [1] * 6 + [8] * 6
+    assert [row["batch_size"] for row in results] == [1] * 7 + [8] * 7
     assert results[0]["x_fp32"] == results[1]["x_bf16"] == 1.0
     assert all(len(row["seconds"]) == 2 for row in results)
-    assert results[2]["logit_error"] < 1e-5 < results[5]["logit_error"] < 0.1
+    assert results[2]["logit_error"] < 1e-5 < results[6]["logit_error"] < 0.1
     assert results[0]["absent"] == ["onnxruntime", "openvino", "nncf", "torchao"]
     assert "not installed, and left out: onnxruntime, openvino, nncf, torchao" in capsys.readouterr().out
     script.main(wanted)
-    assert len(results) == 12  # it was all there
+    assert len(results) == 14  # it was all there
     capsys.readouterr()
     script.main(["table", "--shapes", "8x4"])
     assert "8 x 4" in capsys.readouterr().out
