@@ -18,11 +18,7 @@ from torch import Tensor
 from lightning_compress.ops.fixed_point import align_rows, held_in_floats
 from lightning_compress.ops.integer_gelu import integer_gelu
 from lightning_compress.ops.integer_layernorm import FixedPointAffine, fixed_point_affine, integer_layernorm
-from lightning_compress.ops.integer_softmax import (
-    integer_softmax,
-    integer_softmax_by_row,
-    softmax_factor,
-)
+from lightning_compress.ops.integer_softmax import integer_softmax_by_row, softmax_factor
 
 __all__ = [
     "LOGIT_BITS",
@@ -40,23 +36,17 @@ LOGIT_BITS = 31
 """Of logits."""
 
 
-def softmax_of_integers(
-    logits_C: Tensor, seen_C: Tensor | None = None, scale: float = 1.0, by_row: bool = False
-) -> Tensor:
-    """Return the softmax over the last dimension, as :func:`integer_softmax` computes it.
-
-    In steps of 1/256, rows that spread over hundreds of columns lose most of their digits; ``by_row`` keeps them.
+def softmax_of_integers(logits_C: Tensor, seen_C: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Return the softmax over the last dimension, as :func:`integer_softmax_by_row` computes it.
 
     Args:
         logits_C: ``[..., C]``, finite wherever seen.
         seen_C: False for columns that are masked, broadcast over the logits; None sees all.
         scale: By which logits are multiplied before: ``1 / sqrt(head size)``.
-        by_row: Whether rows have a power of two of their own, as in :func:`integer_softmax_by_row`.
 
     Returns:
-        Probabilities ``[..., C]`` in the dtype of the logits, multiples of 1/256, or of a smaller power of two with
-        ``by_row``. A row of which nothing is seen
-        is zeros, and gets no gradient.
+        Probabilities ``[..., C]`` in the dtype of the logits, multiples of a power of two of their row. A row of which
+        nothing is seen is zeros, and gets no gradient.
 
     Raises:
         ValueError: If the scale is out of range, or a logit that is seen is infinite or NaN (on CPU).
@@ -70,13 +60,8 @@ def softmax_of_integers(
         logits_C = torch.where(seen_C, logits_C, 0.0)
     value_RC, exponent_R = align_rows(_rows(logits_C), LOGIT_BITS)
     seen_RC = None if seen_C is None else _rows(seen_C)
-    factor = softmax_factor(scale)
-    if by_row:
-        probability_RC, digits_R = integer_softmax_by_row(value_RC, exponent_R, factor, seen_RC)
-        held_C = _restored(probability_RC, digits_R, logits_C)
-    else:
-        probability_RC = integer_softmax(value_RC, exponent_R, factor, seen_RC)
-        held_C = (probability_RC.to(logits_C.dtype) / 256).view(logits_C.shape)
+    rows = integer_softmax_by_row(value_RC, exponent_R, softmax_factor(scale), seen_RC)
+    held_C = _restored(*rows, logits_C)
     if not _wants_gradient(logits_C):
         return held_C
     masked_C = logits_C if seen_C is None else logits_C.masked_fill(~seen_C, torch.finfo(logits_C.dtype).min)

@@ -121,7 +121,7 @@ class BlockAttention:
 
     def _weights(self, logits_BHQT: Tensor, seen: Tensor | None, scale: float) -> Tensor:
         if self.softmax:
-            return softmax_of_integers(logits_BHQT, seen, scale, by_row=True)
+            return softmax_of_integers(logits_BHQT, seen, scale)
         if seen is not None:
             logits_BHQT = logits_BHQT.masked_fill(~seen, torch.finfo(logits_BHQT.dtype).min)
         exact_BHQT = (logits_BHQT * scale).softmax(-1)

@@ -6,6 +6,7 @@ The next chapters are :mod:`lightning_compress.tasks.text_classifier` and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_compress.tasks.optimization import parameter_groups, warmup_then_
 __all__ = ["TransformerTask"]
 
 
-class TransformerTask(LightningModule):
+class TransformerTask(LightningModule, ABC):
     """A ``LightningModule`` around one transformers model, ``self.model``, made by ``configure_model``.
 
     A task that knows enough calls ``configure_model`` in its ``__init__``; Lightning calls it otherwise.
@@ -60,9 +61,9 @@ class TransformerTask(LightningModule):
             self.model = self.build_model()
             self.model.train()
 
+    @abstractmethod
     def build_model(self) -> PreTrainedModel:
         """Build the Hugging Face model of this task; subclasses say how."""
-        raise NotImplementedError(f"{type(self).__name__} says nowhere what its model is: define build_model")
 
     @override
     def forward(self, **inputs: Any) -> Any:

@@ -21,7 +21,7 @@ from lightning_compress.nn.integer_functional import (
 from lightning_compress.ops.fixed_point import align_rows
 from lightning_compress.ops.integer_gelu import FUNCTIONS, integer_gelu
 from lightning_compress.ops.integer_layernorm import fixed_point_affine, integer_layernorm
-from lightning_compress.ops.integer_softmax import integer_softmax, integer_softmax_by_row, softmax_factor
+from lightning_compress.ops.integer_softmax import integer_softmax_by_row, softmax_factor
 
 WEIGHT, BIAS = torch.linspace(0.5, 2.0, 6), torch.linspace(-1.0, 1.0, 6)
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,10 +33,6 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     **{name: (lambda x, name=name: activation_of_integers(x, name), EXACT[name]) for name in FUNCTIONS},
     "softmax": (lambda x: softmax_of_integers(x, None, 0.5), lambda x: (x * 0.5).softmax(-1)),
-    "softmax by row": (
-        lambda x: softmax_of_integers(x, None, 0.5, by_row=True),
-        lambda x: (x * 0.5).softmax(-1),
-    ),
     "layernorm": (
         lambda x: layernorm_of_integers(x, WEIGHT, BIAS, 1e-5),
         lambda x: F.layer_norm(x, (6,), WEIGHT, BIAS, 1e-5),
@@ -64,10 +60,8 @@ def test_the_floats_are_the_integers_of_the_operators():
     assert rmsnorm_of_integers(x, WEIGHT, affine=plain).tolist() == expected
     seen = torch.rand(4, 6) < 0.5
     logits, exponent = align_rows(x.masked_fill(~seen, 0.0), LOGIT_BITS)
-    expected = integer_softmax(logits, exponent, softmax_factor(0.25), seen)
-    assert torch.equal(softmax_of_integers(x, seen, 0.25) * 256, expected.float())
     expected = held_slowly(*integer_softmax_by_row(logits, exponent, softmax_factor(0.25), seen))
-    assert softmax_of_integers(x, seen, 0.25, by_row=True).tolist() == expected
+    assert softmax_of_integers(x, seen, 0.25).tolist() == expected
 
 
 @settings(deadline=None, max_examples=60)

@@ -24,6 +24,11 @@ class TinyTask(TransformerTask):
         return self(**batch).loss
 
 
+def test_a_task_that_says_nowhere_what_its_model_is_cannot_be_made():
+    with pytest.raises(TypeError, match="build_model"):
+        TransformerTask(1e-3, 0.1, 0.5, 0.0)
+
+
 def test_the_model_is_built_once_and_in_training_mode():
     task = TinyTask()
     assert task.model is None
