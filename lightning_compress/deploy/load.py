@@ -40,6 +40,7 @@ from lightning_compress.deploy.skeleton import (
 from lightning_compress.methods.block_quantization import BlockQuantizationConfig
 from lightning_compress.plan import CompressionPlan, PlanError
 from lightning_compress.runtime.backends import check_backend, use_backend
+from lightning_compress.runtime.engine_timing import BackendReport
 
 __all__ = ["QUANT_METHOD", "CompressionConfig", "CompressionQuantizer", "load", "register"]
 
@@ -173,7 +174,7 @@ def load(
     directory: str | Path,
     *,
     device: str | torch.device | None = None,
-    backend: str | Mapping[str, str] | None = None,
+    backend: str | Mapping[str, str] | BackendReport | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Open a compressed model with the class it was saved from, in evaluation mode.
