@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lightning_compress.nn.integer_functional import (
+    LOGIT_BITS,
     activation_of_integers,
     layernorm_of_integers,
     rmsnorm_of_integers,
-    softmax_of_integers,
 )
 from lightning_compress.ops.block_dequantize import block_dequantize
 from lightning_compress.ops.block_quantize import block_quantize
+from lightning_compress.ops.fixed_point import align_rows
 from lightning_compress.ops.integer_blocks import gelu_of_blocks, layernorm_of_blocks, softmax_of_blocks
 from lightning_compress.ops.integer_gelu import FUNCTIONS
 from lightning_compress.ops.integer_layernorm import fixed_point_affine
+from lightning_compress.ops.integer_softmax import integer_softmax, softmax_factor
 
 OPERATORS = torch.ops.lightning_compress
 FACTORS = ("scale", "shift")
@@ -60,11 +62,10 @@ def test_they_are_their_parts_one_after_the_other(
     blocks = block_quantize(x, 8, block, factor)
     real = block_dequantize(*blocks, block)
     seen = torch.rand(num_rows, width) < 0.6
-    for found, mask in (
-        (softmax_of_blocks(*blocks, columns, 0.5), None),
-        (softmax_of_blocks(*blocks, columns, 0.5, seen), seen),
-    ):
-        assert torch.equal(found / 256, softmax_of_integers(real, mask, 0.5))
+    for mask in (None, seen):
+        logits = align_rows(real if mask is None else real.masked_fill(~mask, 0.0), LOGIT_BITS)
+        found = softmax_of_blocks(*blocks, columns, 0.5, mask)
+        assert torch.equal(found, integer_softmax(*logits, softmax_factor(0.5), mask))
     pairs = [
         (gelu_of_blocks(*blocks, columns, name, bits), activation_of_integers(real, name))
         for name in FUNCTIONS
