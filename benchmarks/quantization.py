@@ -11,9 +11,10 @@ it finds them. Rows that the results file already holds are skipped, so the comm
     python benchmarks/quantization.py figure
 
 ``evaluate`` rounds a model and trains nothing. ``--blocks`` are ``row`` (a factor per row), ``layer`` (one factor for a
-whole matrix) or ``ROWSxCOLUMNS``. What is compared is the packed model in fp32 with the integer reference on the same
-texts; ``--limit`` takes so many, spread evenly over the test part, and each row tells how many they were. ``lost`` and
-``gained`` count the texts that the dense model answers right and the quantised one does not, and the other way round.
+whole matrix) or ``ROWSxCOLUMNS``; ``--presets w4a8e8`` is ``w4a8`` with tables of 8 bits. What is compared is the packed
+model in fp32 with the integer reference on the same texts; ``--limit`` takes so many, spread evenly over the test part,
+and each row tells how many they were. ``lost`` and ``gained`` count the texts that the dense model answers right and
+the quantised one does not, and the other way round.
 ``train`` fine-tunes the dense model for some steps more: seeing the rounding from the start and in full from the middle
 (``qat``), in full from a tenth of the steps on (``early``), or not at all until it ends (``after``).
 """
@@ -47,6 +48,8 @@ from lightning_compress.nn.packed_matrix import PackedMatrix
 RESULTS, STORAGE = "quantization.jsonl", "quantization_storage.jsonl"
 FIGURE = Path(__file__).parents[1] / "docs" / "methods" / "block_quantization_sensitivity.svg"
 PRESETS = ("w8a8", "w4a8", "w4a4", "w8")
+MIXED = ("w4a8e8",)
+"""Presets with tables of so many bits."""
 BLOCKS = ("row", "64x64", "32x32", "1x128", "1x32", "layer")
 FACTORS = ("scale", "shift")
 SINGLE = ("weight", "linear", "embedding", "attention", "softmax", "activation", "norm")
@@ -77,7 +80,8 @@ class Setting:
         """Return the arguments of ``quantize`` and of the callback."""
         whole: Any = {"row": "row", "layer": (0, 0)}
         block = whole.get(self.block) or tuple(int(size) for size in self.block.split("x"))
-        common = {"block": block, "factor": self.factor}
+        name, _, tables = self.preset.partition("e")
+        common = {"block": block, "factor": self.factor, "bits": {"embedding": int(tables)} if tables else {}}
         if self.operators == "weight":
             return {
                 **common,
@@ -86,7 +90,7 @@ class Setting:
                 "bits": {"weight": int(self.preset[1])},
             }
         operators = "all" if self.operators == "all" else tuple(self.operators.split("+"))
-        return {**common, "preset": self.preset, "operators": operators}
+        return {**common, "preset": name, "operators": operators}
 
     def __str__(self) -> str:
         return " ".join(asdict(self).values())
@@ -300,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command)
         sub.add_argument("--tasks", nargs="+", default=["sst2"], choices=TASKS)
         for name, values in given.items():
-            choices = {"presets": PRESETS, "factors": FACTORS}.get(name)
+            choices = {"presets": PRESETS + MIXED, "factors": FACTORS}.get(name)
             sub.add_argument(f"--{name}", nargs="+", default=list(values), choices=choices)
         if command != "storage":
             sub.add_argument(

@@ -21,6 +21,7 @@ from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_compress import (
+    BlockQuantizationConfig,
     BottleneckTokenDroppingConfig,
     Compressor,
     ContributionTokenDroppingConfig,
@@ -52,6 +53,23 @@ STEPS: dict[str, dict[str, tuple[MethodConfig, str, float, bool]]] = {
         "search": (BOTTLENECK, "search", 0.2, False),
         "search, 64 wide": (dataclasses.replace(BOTTLENECK, sampler_width=64), "search", 0.2, False),
         "recovery": (BOTTLENECK, "recovery", 0.9, False),
+    },
+    "block_quantization": {
+        "ramp": (BlockQuantizationConfig(start=0.1), "ramp", 0.2, False),
+        "rounded": (BlockQuantizationConfig(start=0.1), "rounded", 0.9, False),
+        "w4a4, 1x128": (
+            BlockQuantizationConfig(preset="w4a4", block=(1, 128), start=0.1),
+            "rounded",
+            0.9,
+            False,
+        ),
+        "w4a4, 32x32, shifts": (
+            BlockQuantizationConfig(preset="w4a4", block=(32, 32), factor="shift", start=0.1),
+            "rounded",
+            0.9,
+            False,
+        ),
+        "everything": (BlockQuantizationConfig(operators="all", start=0.1), "rounded", 0.9, False),
     },
 }
 """Per method and kind of step: configuration, phase, progress, and whether texts are new in each step."""

@@ -42,6 +42,7 @@ def results(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             ("w8a8", "1x32", "shift", "linear+embedding"),
             {"block": (1, 32), "operators": ("linear", "embedding")},
         ),
+        (("w4a8e8", "1x32"), {"preset": "w4a8", "bits": {"embedding": 8}}),
         (("w4a8", "layer", "scale", "softmax"), {"block": (0, 0), "operators": ("softmax",)}),
         (
             ("w4a4", "row", "scale", "weight"),
