@@ -11,7 +11,7 @@ it finds them. Rows that the results file already holds are skipped, so the comm
     python benchmarks/quantization.py figure
 
 ``evaluate`` rounds a model and trains nothing. ``--blocks`` are ``row`` (a factor per row), ``layer`` (one factor for a
-whole matrix) or ``ROWSxCOLUMNS``; ``--presets w4a8e8`` is ``w4a8`` with tables of 8 bits. What is compared is the packed
+whole matrix) or ``ROWSxCOLUMNS``; ``--presets w4a8e8`` has tables of 8 bits beside ``w4a8``. Compared is the packed
 model in fp32 with the integer reference on the same texts; ``--limit`` takes so many, spread evenly over the test part,
 and each row tells how many they were. ``lost`` and ``gained`` count the texts that the dense model answers right and
 the quantised one does not, and the other way round.
