@@ -69,7 +69,7 @@ STEPS: dict[str, dict[str, tuple[MethodConfig, str, float, bool]]] = {
             0.9,
             False,
         ),
-        "everything": (BlockQuantizationConfig(operators="all", start=0.1), "rounded", 0.9, False),
+        "everything": (BlockQuantizationConfig(operators=("all",), start=0.1), "rounded", 0.9, False),
     },
 }
 """Per method and kind of step: configuration, phase, progress, and whether texts are new in each step."""

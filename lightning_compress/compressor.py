@@ -117,6 +117,13 @@ class Compressor:
         return self.is_converted or (self.is_prepared and all(h.is_on_target for h in self.handles.values()))
 
     @property
+    def is_as_deployed(self) -> bool:
+        """Whether the model, evaluated now, answers as it will once training has ended and it is converted."""
+        return self.is_converted or (
+            self.is_prepared and all(h.is_as_deployed for h in self.handles.values())
+        )
+
+    @property
     def plan(self) -> CompressionPlan:
         """The plan of the model as it is now."""
         model_type = str(self.model.config.model_type)  # type: ignore[union-attr]

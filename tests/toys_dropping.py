@@ -52,3 +52,18 @@ def ragged_batch(lengths: list[int], padded: int | None = None, seed: int = 3) -
     ids_BT = nn.functional.pad(ids_BT, (0, real_BT.shape[1] - ids_BT.shape[1]))
     labels_B = torch.randint(0, 2, (len(lengths),), generator=generator)
     return {"input_ids": ids_BT * real_BT, "attention_mask": real_BT.long(), "labels": labels_B}
+
+
+class ToyTokenizer:
+    """Writes WordPieces, or byte pairs."""
+
+    all_special_tokens = ("<s>",)
+
+    def __init__(self, mark: str = "") -> None:
+        self.mark = mark
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["<s>" if number == 2 else f"{self.mark}w{number}" for number in ids]
+
+    def convert_tokens_to_string(self, pieces: list[str]) -> str:
+        return "".join(pieces).replace("Ġ", " ").replace("w", "é")

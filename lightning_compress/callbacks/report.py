@@ -5,37 +5,32 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from typing_extensions import override
 
-from lightning_compress.callbacks.dropping_report import (
-    DroppingMeasurement,
-    SeenBatches,
-    dropping_handle,
-    dropping_in_step,
-    measure_dropping,
-)
+from lightning_compress.callbacks.dropping_report import SeenBatches, dropping_handle, dropping_in_step
 from lightning_compress.callbacks.exit_report import ExitMeasurement, has_exits, measure_exits
 from lightning_compress.callbacks.session import session_of, training_progress
 from lightning_compress.callbacks.width_report import calibration_clock, measure_widths
 from lightning_compress.compressor import Compressor
 from lightning_compress.methods.width_batches import PassClock
-from lightning_compress.nn.flops import count_flops, count_parameters
-from lightning_compress.nn.surgery import get_module, linear_shape
 from lightning_compress.plan import CompressionPlan
 from lightning_compress.report import (
+    BitsRecord,
+    DenseCounts,
+    DroppingMeasurement,
     FinalRecord,
-    LayerRank,
     RunRecord,
-    ScopeCounts,
     StepRecord,
     describe_machine,
     describe_versions,
+    measure_dropping,
+    ranks_of,
     write_report,
 )
 
@@ -51,8 +46,18 @@ _NO_TEXTS = (
 )
 
 
+_NOT_AS_DEPLOYED = (
+    "Validation last ran before the model had become what it is now, so what its metrics are is not known: call "
+    "trainer.validate(module, ...) on the same trainer after fit, and this report is completed"
+)
+
+
 class CompressionReport(Callback):
     """Record sizes, FLOPs, ranks and losses over the steps, and write a report when ``fit`` ends.
+
+    Metrics of the compressed model are those of the last validation, if what ran there is what the model has become:
+    not where it is rounded, or a threshold is chosen, only when ``fit`` ends. ``trainer.validate`` after ``fit`` writes
+    the report again, with metrics of the model as it is.
 
     Args:
         directory: Where to write; by default ``compression_report`` in the trainer's log folder.
@@ -83,9 +88,11 @@ class CompressionReport(Callback):
         self.dense_metrics = dict(dense_metrics) if dense_metrics else None
         self.path: Path | None = None
         self._steps: list[StepRecord] = []
-        self._dense: tuple[ScopeCounts, float] | None = None
+        self._dense: DenseCounts | None = None
         self._seen = SeenBatches()
         self._clock: PassClock | None = None
+        self._written: tuple[Compressor, RunRecord] | None = None
+        self._is_validated = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,8 +104,7 @@ class CompressionReport(Callback):
             )
             return
         self._clock = calibration_clock(compressor)
-        skeleton = compressor.dense_skeleton()
-        self._dense = _scopes(skeleton), count_flops(skeleton, self.lengths).total
+        self._dense = DenseCounts.of(compressor.dense_skeleton(), self.lengths)
 
     @override
     def on_train_batch_end(
@@ -109,10 +115,9 @@ class CompressionReport(Callback):
         is_due = step % self.every_n_steps == 0 and (not self._steps or self._steps[-1].step != step)
         if compressor is None or self._dense is None or not compressor.is_prepared or not is_due:
             return
-        scopes, dense_flops = self._dense
         sizes = [value for name, value in compressor.metrics().items() if name.endswith("/size_ratio")]
-        size = sizes[0] if len(sizes) == 1 else count_parameters(compressor.model).linear / scopes.linear
-        flops_ratio = count_flops(compressor.model, self.lengths).total / dense_flops
+        size = sizes[0] if len(sizes) == 1 else self._dense.size_ratio(compressor.model)
+        flops_ratio = self._dense.flops_ratio(compressor.model)
         handle, of_tokens = dropping_handle(compressor), {}
         if handle is not None:
             kept, of_tokens = dropping_in_step(handle, batch)
@@ -124,7 +129,7 @@ class CompressionReport(Callback):
                 phase=" + ".join(handle.phase for handle in compressor.handles.values()),
                 size_ratio=size,
                 flops_ratio=flops_ratio,
-                ranks={name: m.rank for name, m in _ranked(compressor.model)},
+                ranks=ranks_of(compressor.model),
                 loss=_numbers(trainer.callback_metrics, _LOSS) | _terms_of(pl_module),
                 **of_tokens,
             )
@@ -148,6 +153,12 @@ class CompressionReport(Callback):
             self._seen.see(batch, batch_idx)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether what was validated is what the model will be."""
+        compressor = _compressor_of(pl_module)
+        self._is_validated = compressor is not None and compressor.is_as_deployed
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look texts up where validation showed none, while the data are there."""
         compressor = _compressor_of(pl_module)
@@ -158,33 +169,52 @@ class CompressionReport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the report of a fit, after the model was converted, whatever the order of callbacks."""
         compressor = _compressor_of(pl_module)
-        if stage != "fit" or compressor is None or self._dense is None or not trainer.is_global_zero:
+        if compressor is None or self._dense is None or not trainer.is_global_zero:
             return
-        self.path = write_report(self.record(trainer, compressor), self._folder(trainer))
+        if stage == "fit":
+            self._written = compressor, self.record(trainer, compressor)
+            self.path = write_report(self._written[1], self._folder(trainer))
+        elif stage == "validate" and self.path is not None and self._written is not None:
+            self._complete(trainer, compressor)
+
+    def _complete(self, trainer: Trainer, compressor: Compressor) -> None:
+        """Write the report again with the metrics of the model that it is about."""
+        assert self.path is not None and self._written is not None
+        owner, record = self._written
+        if owner is not compressor or not compressor.is_converted:
+            return
+        metrics = record.metrics | {"compressed": _numbers(trainer.callback_metrics, _METRIC)}
+        notes = [note for note in record.warnings if note != _NOT_AS_DEPLOYED]
+        self._written = owner, replace(record, metrics=metrics, warnings=notes)
+        self.path = write_report(self._written[1], self.path.parent)
 
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""
         assert self._dense is not None, "the dense model is counted at the start of training"
         plan, dropping, exits, notes = compressor.plan, None, None, []
+        metrics: dict[str, float] | None = _numbers(trainer.callback_metrics, _METRIC)
+        if metrics and compressor.is_converted and not self._is_validated:
+            metrics, notes = None, [_NOT_AS_DEPLOYED]
         if compressor.is_converted and has_exits(compressor):
             exits = measure_exits(compressor.model, compressor.dense_skeleton(), self._seen.batches)
         if compressor.is_converted and self._drops:
             dropping = self._measure_dropping(trainer, compressor)
             if dropping is None:
-                notes = [_NO_TEXTS]
+                notes.append(_NO_TEXTS)
                 warnings.warn(_NO_TEXTS, stacklevel=2)
             else:
-                notes = _missed(_target(plan, compressor), dropping.flops / dropping.dense_flops)
+                notes += _missed(_target(plan, compressor), dropping.flops_ratio)
         return RunRecord(
             model_type=plan.model_type,
             methods=[{"method": record.method, "config": record.config} for record in plan.methods],
             target=_target(plan, compressor),
             steps=self._steps,
             final=self._final(compressor, dropping or exits) if compressor.is_converted else None,
-            metrics={"dense": self.dense_metrics, "compressed": _numbers(trainer.callback_metrics, _METRIC)},
+            metrics={"dense": self.dense_metrics, "compressed": metrics},
             dropping=None if dropping is None else dropping.record,
             exits=None if exits is None else exits.record,
             widths=measure_widths(compressor, self._clock) if compressor.is_converted else None,
+            bits=_bits(plan) if compressor.is_converted else None,
             machine=describe_machine(),
             versions=describe_versions(),
             warnings=notes,
@@ -204,22 +234,10 @@ class CompressionReport(Callback):
         self, compressor: Compressor, measured: DroppingMeasurement | ExitMeasurement | None
     ) -> FinalRecord:
         assert self._dense is not None
-        skeleton, model = compressor.dense_skeleton(), compressor.model
-        dense_flops, flops = self._dense[1], count_flops(model, self.lengths).total
-        if measured is not None:
-            dense_flops, flops = measured.dense_flops, measured.flops
-        elif self._drops:
-            flops = self._steps[-1].flops_ratio * dense_flops
-        return FinalRecord(
-            dense=self._dense[0],
-            compressed=_scopes(model),
-            dense_flops=dense_flops,
-            compressed_flops=flops,
-            ranks={
-                path: LayerRank(m.rank, min(linear_shape(get_module(skeleton, path))), "low_rank")
-                for path, m in _ranked(model)
-            },
-        )
+        spent = None if measured is None else (measured.dense_flops, measured.flops)
+        if measured is None and self._drops:
+            spent = self._dense.flops, self._steps[-1].flops_ratio * self._dense.flops
+        return self._dense.against(compressor.model, compressor.dense_skeleton(), spent)
 
     def _folder(self, trainer: Trainer) -> Path:
         root = trainer.log_dir or trainer.default_root_dir
@@ -266,19 +284,9 @@ def _missed(target: Mapping[str, Any], ratio: float) -> list[str]:
     return [text]
 
 
-def _scopes(model: nn.Module) -> ScopeCounts:
-    counted = count_parameters(model)
-    return ScopeCounts(linear=counted.linear, encoder=counted.encoder, total=counted.total)
-
-
-def _ranked(model: nn.Module) -> list[tuple[str, Any]]:
-    """Linears of low rank; word embeddings may be factorised too, and are none."""
-    found = model.named_modules()
-    return [
-        (name, m)
-        for name, m in found
-        if isinstance(getattr(m, "rank", None), int) and hasattr(m, "in_features")
-    ]
+def _bits(plan: CompressionPlan) -> BitsRecord | None:
+    found = next((record for record in plan.methods if record.method == "block_quantization"), None)
+    return None if found is None else BitsRecord.of(found.structure)
 
 
 def _terms_of(module: LightningModule) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.nn.block_format import BlockFormat
-from lightning_compress.nn.operator_formats import OperatorFormats
+from lightning_compress.nn.operator_formats import uses_of
 
 __all__ = ["describe_quantization"]
 
@@ -24,6 +24,7 @@ def describe_quantization(model: nn.Module, structure: Mapping[str, Any]) -> str
         structure: As :func:`~lightning_compress.nn.quantization_plan.quantize_model` returns it.
 
     Example:
+        >>> from lightning_compress.nn.operator_formats import OperatorFormats
         >>> formats = OperatorFormats(weight=BlockFormat(4, (1, 128)), norm=True).to_dict()
         >>> places = {"linears": ["a", "b"], "embeddings": [], "attention": [], "activations": {}, "norms": ["c"]}
         >>> print(describe_quantization(nn.Module(), {"formats": formats, **places}))
@@ -32,25 +33,10 @@ def describe_quantization(model: nn.Module, structure: Mapping[str, Any]) -> str
         | linear weights | 2 | 4 | 1 × 128 | scale |
         | norms | 1 | integers |  |  |
     """
-    formats = OperatorFormats.from_dict(structure["formats"])
-    count = {kind: len(paths) for kind, paths in structure.items() if kind not in ("formats", "merged")}
-    held = [
-        ("linear weights", count["linears"], formats.weight),
-        ("inputs of linears", count["linears"], formats.input),
-        ("tables", count["embeddings"], formats.embedding),
-        ("query, key and value", count["attention"], formats.attention),
-    ]
-    computed = [
-        ("softmax", count["attention"], formats.softmax),
-        ("activations", count["activations"], formats.activation),
-        ("norms", count["norms"], formats.norm),
-    ]
-    rows = [(name, str(places), *_words(form)) for name, places, form in held if form is not None]
-    rows += [(name, str(places), "integers", "", "") for name, places, is_chosen in computed if is_chosen]
+    rows = [(use.name, str(use.places), *_words(use.form)) for use in uses_of(structure)]
     head = [("operator", "places", "bits", "block", "factor"), ("---",) * 5]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
 
 
-def _words(form: BlockFormat) -> tuple[str, str, str]:
-    sides = ["all" if side == 0 else str(side) for side in form.block]
-    return str(form.bits), "row" if form.block == (1, 0) else " × ".join(sides), form.factor
+def _words(form: BlockFormat | None) -> tuple[str, str, str]:
+    return ("integers", "", "") if form is None else (str(form.bits), form.block_in_words, form.factor)

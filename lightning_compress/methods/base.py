@@ -158,6 +158,11 @@ class MethodHandle(Protocol):
         """Whether the model, converted now, would meet the user's target."""
         ...
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether the model, evaluated now, answers as it will once training has ended and it is converted."""
+        ...
+
     def open_resources(self) -> None:
         """Fetch what only training needs, such as a teacher, so that what is missing is found out before it starts."""
         ...

@@ -104,6 +104,11 @@ class BlockQuantizationHandle(HandleDefaults):
         """Whether training saw all of the rounding, or was to see nothing of it."""
         return self.phase == "rounded" or self.config.start == 1.0
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether all of the rounding is seen."""
+        return self.gates.ramp.is_full
+
     def meet(self, handles: Mapping[str, MethodHandle]) -> None:
         """Get to know what width gates will leave of the matrices that are rounded."""
         widths: Any = handles.get("width_slimming")

@@ -148,6 +148,11 @@ class BottleneckTokenDroppingHandle(HandleDefaults):
         """Whether recent passes cost no more than a tenth above the target, after the search if it is to end."""
         return self.goal.is_met and (self.phase == "recovery" or self.config.ramp_end == 1.0)
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether the search has ended, and no dial is to be set when training ends."""
+        return self.phase == "recovery" and self.config.max_drop is None
+
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The samplers."""
         lr = self.config.sampler_lr * (1.0 - self.progress)

@@ -198,6 +198,11 @@ class ContributionTokenDroppingHandle(HandleDefaults):
         """Whether thresholds rest and recent passes cost no more than a tenth above the target."""
         return self.phase == "recovery" and self.goal.is_met
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether thresholds rest, and no dial is to be set when training ends."""
+        return self.phase == "recovery" and self.config.max_drop is None
+
     def look_up_saliency(self) -> Tensor:
         """Return the teacher's saliencies of the latest inputs, ``[B, T]``."""
         return self.teacher.saliency(self.recorder.inputs)

@@ -147,6 +147,11 @@ class DistillationHandle(HandleDefaults):
         return True
 
     @property
+    def is_as_deployed(self) -> bool:
+        """Yes: nothing of a teacher is in the model."""
+        return True
+
+    @property
     def task_weight(self) -> float:
         """Weight of the task's own loss in the coming step."""
         return {"waiting": 1.0, "hidden": 0.0, "joint": self.config.task_weight}[self.phase]

@@ -132,6 +132,12 @@ class MultiExitHandle(HandleDefaults):
         return self.phase == "joint"
 
     @property
+    def is_as_deployed(self) -> bool:
+        """Whether exits have learned, and no threshold is to be chosen when training ends."""
+        has_goal = self.config.target_flops is not None or self.config.max_drop is not None
+        return self.phase == "joint" and not has_goal
+
+    @property
     def labels(self) -> Tensor | None:
         """The labels that the model was called with in the latest pass."""
         return self.taps.inputs.get("labels")

@@ -196,6 +196,11 @@ class SoftThresholdRankHandle(HandleDefaults):
         """Whether the ranks are pinned within the budget."""
         return self.phase == "recovery" and self.size <= self.budget
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether the ranks are pinned."""
+        return self.phase == "recovery"
+
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The thresholds."""
         return [AuxiliaryGroup([layer.alpha for layer in self.layers.values()], self.auxiliary_lr)]

@@ -2,6 +2,8 @@
 
 The next chapters are :mod:`lightning_compress.methods.contribution_token_dropping` and
 :mod:`lightning_compress.runtime`.
+
+Shape legend: B sequences, T padded length, L layers.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from transformers import PreTrainedModel
 
 from lightning_compress.methods.base import check, check_kinds
 from lightning_compress.nn.anatomy import Anatomy, describe
+from lightning_compress.nn.contribution_token_dropping import ExpectedTokens
 from lightning_compress.nn.dropping import DroppingEncoder
+from lightning_compress.nn.kept_flops import DroppingCosts
 from lightning_compress.nn.rounded_attention import TRAINING_IMPLEMENTATION
 from lightning_compress.nn.surgery import Ledger, get_module
+from lightning_compress.nn.tape import Tape, TokensKept
 from lightning_compress.plan import PlanError
 from lightning_compress.runtime import PackedEncoder
 
@@ -28,6 +33,7 @@ __all__ = [
     "chosen_layers",
     "deploy_policy",
     "encoder_path",
+    "flops_ratio_of_pass",
     "install_policy",
     "restore_policy",
     "whole_numbers",
@@ -176,6 +182,36 @@ def deploy_policy(model: nn.Module, policy: nn.Module, protect_tokens: Sequence[
     packed.policy = policy
     ledger.replace(path, packed)
     _guard(model, policy, protect_tokens)
+
+
+def flops_ratio_of_pass(handle: Any, lengths_B: Tensor | None) -> float:
+    """Return the FLOPs of the latest training pass over those with every token kept, by the counts on the tape.
+
+    Args:
+        handle: Of a policy.
+        lengths_B: Tokens of each sequence of the pass; where they are unknown, or of other sequences, the share of kept
+            tokens is returned.
+    """
+    counts_BL = _counts_on_tape(handle.tape)
+    if counts_BL is None:
+        return 1.0
+    if lengths_B is None or lengths_B.shape[0] != counts_BL.shape[0]:
+        return handle.metrics()["tokens_kept"]
+    dense_BL = lengths_B[:, None].expand_as(counts_BL)
+    dense = DroppingCosts.of(handle.model, policy_flops_per_token=0).flops(dense_BL, lengths_B).sum()
+    return float(DroppingCosts.of(handle.model).flops(counts_BL, lengths_B).sum() / dense)
+
+
+def _counts_on_tape(tape: Tape) -> Tensor | None:
+    """Tokens that entered each layer in the latest pass, ``[B, L]``; None while nothing is dropped."""
+    for kind in (ExpectedTokens, TokensKept):
+        try:
+            records: list[Any] = tape.read(kind)
+        except LookupError:
+            continue
+        counts = [r.count_B if kind is ExpectedTokens else r.keep_BT.sum(dim=1) for r in records]
+        return torch.stack(counts, dim=1).detach()
+    return None
 
 
 def restore_policy(

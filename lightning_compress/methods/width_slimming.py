@@ -122,6 +122,11 @@ class WidthSlimmingHandle(HandleDefaults):
         """Whether all steps of the schedule were taken."""
         return self.done == self.plan.steps or self.config.end == 1.0
 
+    @property
+    def is_as_deployed(self) -> bool:
+        """Whether all that will be cut off is closed."""
+        return self.done == self.plan.steps
+
     def open_resources(self) -> None:
         """Refuse a hidden width that what other methods have installed by now does not allow.
 

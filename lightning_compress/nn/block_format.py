@@ -74,6 +74,12 @@ class BlockFormat:
         """Bits in which an integer is stored: 4 or 8."""
         return 4 if self.bits <= 4 else 8
 
+    @property
+    def block_in_words(self) -> str:
+        """What shares a factor: ``"row"``, or the sides, such as ``"32 × 32"`` or ``"all × all"``."""
+        sides = ["all" if side == 0 else str(side) for side in self.block]
+        return "row" if self.block == (1, 0) else " × ".join(sides)
+
     def factor_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Number of blocks over the rows and over the columns of a matrix of this shape."""
         down, across = (

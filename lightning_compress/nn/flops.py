@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.nn.anatomy import Anatomy, LayerAnatomy, describe
 from lightning_compress.nn.surgery import get_module, is_linear, linear_shape
 from lightning_compress.nn.width_slimming import as_deployed
 
-__all__ = ["FlopsCount", "ParameterCount", "count_flops", "count_parameters", "flops_per_token"]
+__all__ = [
+    "FlopsCount",
+    "ParameterCount",
+    "count_bytes",
+    "count_flops",
+    "count_parameters",
+    "flops_per_token",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,23 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         layers=layers,
         total=_deployed_size(model, set()),
     )
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Count the bytes that the weights of ``model``, as they are, take in a file, tied ones once.
+
+    The file's own header, some 100 bytes for each tensor, is not counted.
+
+    Args:
+        model: Any module; may be on the meta device.
+
+    Example:
+        >>> count_bytes(nn.Linear(4, 8)), count_bytes(nn.Linear(4, 8).bfloat16())
+        (160, 80)
+    """
+    state = model.state_dict(keep_vars=True).values()
+    tensors = {id(held): held for held in state if isinstance(held, Tensor)}
+    return sum(held.numel() * held.element_size() for held in tensors.values())
 
 
 def flops_per_token(module: nn.Module) -> int:

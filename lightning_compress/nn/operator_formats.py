@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_compress.nn.block_format import BlockFormat, Factor
 
-__all__ = ["OPERATORS", "Operator", "OperatorFormats", "Preset", "preset"]
+__all__ = ["OPERATORS", "Operator", "OperatorFormats", "OperatorUse", "Preset", "preset", "uses_of"]
 
 Operator = Literal["linear", "embedding", "attention", "softmax", "activation", "norm"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -31,6 +31,16 @@ _OPERATOR_OF: dict[str, Operator] = {
     "embedding": "embedding",
     "attention": "attention",
 }
+_USES = {
+    "weight": ("linears", "linear weights"),
+    "input": ("linears", "inputs of linears"),
+    "embedding": ("embeddings", "tables"),
+    "attention": ("attention", "query, key and value"),
+    "softmax": ("attention", "softmax"),
+    "activation": ("activations", "activations"),
+    "norm": ("norms", "norms"),
+}
+"""Of each field: under which name a structure lists its places, and what it is called."""
 _SWITCHES: tuple[Operator, ...] = ("softmax", "activation", "norm")
 
 
@@ -88,6 +98,38 @@ class OperatorFormats:
         return cls(**{name: _read(name, value) for name, value in data.items()})
 
 
+class OperatorUse(NamedTuple):
+    """One kind of operator that is quantised in a model."""
+
+    name: str
+    """In words, such as ``"inputs of linears"``."""
+    places: int
+    """How many there are of it."""
+    form: BlockFormat | None
+    """In which blocks its operands are held; None where it is computed in integers and holds none."""
+
+
+def uses_of(structure: Mapping[str, Any]) -> tuple[OperatorUse, ...]:
+    """Return what is quantised in a model, in the order in which it is always named.
+
+    Args:
+        structure: As :func:`~lightning_compress.nn.quantization_plan.quantize_model` returns it.
+
+    Example:
+        >>> formats = OperatorFormats(weight=BlockFormat(4), norm=True).to_dict()
+        >>> places = {"linears": ["a", "b"], "embeddings": [], "attention": [], "activations": {}, "norms": ["c"]}
+        >>> [(use.name, use.places) for use in uses_of({"formats": formats, **places})]
+        [('linear weights', 2), ('norms', 1)]
+    """
+    formats = OperatorFormats.from_dict(structure["formats"])
+    places = {name: len(structure[kind]) for name, (kind, _) in _USES.items()}
+    return tuple(
+        OperatorUse(words, places[name], held if isinstance(held, BlockFormat) else None)
+        for name, (_, words) in _USES.items()
+        if (held := getattr(formats, name))
+    )
+
+
 def preset(
     name: Preset,
     block: Literal["row"] | Sequence[int] = "row",
@@ -135,7 +177,7 @@ def preset(
     widths = {**_BITS[name], **_overrides(name, bits or {}, chosen)}
     rows, columns = (1, 0) if block == "row" else _pair(block)
     static = BlockFormat(8, (rows, columns), factor)
-    moving = BlockFormat(8, (min(rows, 1), columns), factor)
+    moving = BlockFormat(8, (0, 0) if (rows, columns) == (0, 0) else (1, columns), factor)
     held = {
         field: replace(static if field in ("weight", "embedding") else moving, bits=width)
         for field, width in widths.items()

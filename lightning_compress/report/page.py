@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.report import sections
+from lightning_compress.report.bits_sections import bits
 from lightning_compress.report.dropping_sections import tokens
 from lightning_compress.report.exit_sections import exits
 from lightning_compress.report.files import write_text_atomically
@@ -97,6 +98,7 @@ def render_page(record: RunRecord) -> str:
         exits(record),
         sections.latency(record),
         widths(record),
+        bits(record),
         sections.ranks(record),
         sections.course(record),
         sections.reproduction(record),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_compress.report.bits_record import BitsRecord
 from lightning_compress.report.dropping_record import DroppingRecord
 from lightning_compress.report.exit_record import ExitsRecord
 from lightning_compress.report.fields import (
@@ -27,7 +28,7 @@ RECORD_SCHEMA = 1
 
 _OF_TOKENS = ("tokens_kept", "ratio", "target", "threshold")
 """Fields of a step that are written only where tokens leave."""
-_PARTS = ("dropping", "exits", "widths")
+_PARTS = ("dropping", "exits", "widths", "bits")
 """Fields of a run that are written only where there is something to say."""
 
 
@@ -136,7 +137,7 @@ class FinalRecord:
     """FLOPs of the dense model over the lengths that were counted."""
     compressed_flops: float
     bytes_on_disk: dict[str, int] | None = None
-    """Bytes of the saved weights under `"dense"` and `"compressed"`; None if nothing was saved."""
+    """Bytes that the weights take in a file, under `"dense"` and `"compressed"`; None where unknown."""
     ranks: dict[str, LayerRank] = field(default_factory=dict)
     """By dotted path of the linear."""
 
@@ -193,6 +194,8 @@ class RunRecord:
     """Who left by which exit; None where there are none, or no text was seen."""
     widths: WidthsRecord | None = None
     """How wide each layer is; None where heads and neurons were left alone."""
+    bits: BitsRecord | None = None
+    """Which operators are integers, of how many bits; None where nothing was quantised."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -215,7 +218,7 @@ class RunRecord:
                 f"the record has unknown fields {unknown}: known are {sorted(cls.__dataclass_fields__)}"
             )
         final, latency = data.get("final"), data.get("latency")
-        dropping, exits, widths = (data.get(name) for name in _PARTS)
+        dropping, exits, widths, bits = (data.get(name) for name in _PARTS)
         return cls(
             model_type=text_field(data, "model_type"),
             methods=[dict(method) for method in data.get("methods", [])],
@@ -227,6 +230,7 @@ class RunRecord:
             dropping=None if dropping is None else DroppingRecord.from_dict(dropping),
             exits=None if exits is None else ExitsRecord.from_dict(exits),
             widths=None if widths is None else WidthsRecord.from_dict(widths),
+            bits=None if bits is None else BitsRecord.from_dict(bits),
             machine=dict(mapping_field(data, "machine", default={})),
             versions=dict(mapping_field(data, "versions", default={})),
             warnings=[str(warning) for warning in data.get("warnings", [])],

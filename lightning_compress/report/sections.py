@@ -72,6 +72,7 @@ def tiles(record: RunRecord) -> str:
     if record.final is not None:
         size_tile, flops_tile = _size_tiles(record.final)
         found += [flops_tile] if _has_all_weights(record) else [size_tile, flops_tile]
+        found += _file_tile(record.final) if record.bits is not None else []
     if record.dropping is not None:
         kept, last = record.dropping.mean_kept, record.dropping.layers[-1]
         detail = f"on average over the layers; {percent(last)} in the last"
@@ -99,7 +100,8 @@ def _has_all_weights(record: RunRecord) -> bool:
     final = record.final
     is_dropping = record.dropping is not None or any(step.tokens_kept is not None for step in record.steps)
     is_leaving = is_dropping or record.exits is not None
-    return is_leaving and final is not None and final.compressed.linear >= final.dense.linear
+    is_whole = final is not None and final.compressed.linear >= final.dense.linear and record.bits is None
+    return is_leaving and is_whole
 
 
 def _size_tiles(final: FinalRecord) -> list[tuple[str, str, str]]:
@@ -112,6 +114,19 @@ def _size_tiles(final: FinalRecord) -> list[tuple[str, str, str]]:
     )
     detail = f"{flops(final.compressed_flops)} of {flops(final.dense_flops)}"
     return [sizes, ("FLOPs", percent(_ratio(final.compressed_flops, final.dense_flops)), detail)]
+
+
+def _file_tile(final: FinalRecord) -> list[tuple[str, str, str]]:
+    return [
+        ("On disk", percent(_ratio(ours, dense)), f"{bytes_(ours)} of {bytes_(dense)}")
+        for dense, ours in _disk(final)
+    ]
+
+
+def _disk(final: FinalRecord) -> list[tuple[int, int]]:
+    """Bytes of the dense model's weights and of these, as the only entry; none where they are unknown."""
+    sizes = final.bytes_on_disk or {}
+    return [(sizes["dense"], sizes["compressed"])] if {"dense", "compressed"} <= set(sizes) else []
 
 
 def _metric_tile(metric: str, record: RunRecord) -> tuple[str, str]:
@@ -192,11 +207,9 @@ def size(record: RunRecord) -> str:
     dense_flops, our_flops = final.dense_flops, final.compressed_flops
     share, factor = percent(_ratio(our_flops, dense_flops)), times(_ratio(dense_flops, our_flops))
     rows.append(["FLOPs", flops(dense_flops), flops(our_flops), share, factor])
-    disk = final.bytes_on_disk or {}
-    if {"dense", "compressed"} <= set(disk):
-        ratio = _ratio(disk["compressed"], disk["dense"])
-        factor = times(_ratio(disk["dense"], disk["compressed"]))
-        rows.append(["On disk", bytes_(disk["dense"]), bytes_(disk["compressed"]), percent(ratio), factor])
+    for dense, ours in _disk(final):
+        sizes = (bytes_(dense), bytes_(ours), percent(_ratio(ours, dense)), times(_ratio(dense, ours)))
+        rows.append(["On disk", *sizes])
     note = "Embeddings belong to the whole model only. FLOPs are 2 × multiply-adds over unpadded tokens."
     if record.dropping is not None:
         kept = record.dropping.mean_kept

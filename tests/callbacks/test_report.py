@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
-from lightning_compress.callbacks import CompressionReport, SoftThresholdRank
+from lightning_compress import save_pretrained
+from lightning_compress.callbacks import (
+    BlockQuantization,
+    CompressionCallback,
+    CompressionReport,
+    ContributionTokenDropping,
+    MultiExit,
+    SoftThresholdRank,
+    WidthSlimming,
+)
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.report import render_run
 from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
@@ -64,6 +75,82 @@ def test_a_report_without_a_method_says_that_it_is_empty(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="nothing to report"):
         toy_trainer(callbacks=[CompressionReport(str(tmp_path))], max_steps=1).fit(ToyModule(), toy_loader())
     assert not list(tmp_path.iterdir())
+
+
+def test_metrics_of_a_model_before_it_was_rounded_are_not_those_of_the_integers(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[BlockQuantization(preset="w4a4", block=(0, 0)), report], max_epochs=1)
+    trainer.fit(module, toy_loader(), toy_loader())
+    of_floats = float(trainer.callback_metrics["val/loss"])
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["metrics"]["compressed"] is None
+    assert len(data["warnings"]) == 1 and "call trainer.validate(module, ...)" in data["warnings"][0]
+    trainer.validate(module, toy_loader(), verbose=False)
+    completed = json.loads((tmp_path / "report.json").read_text())
+    assert completed["warnings"] == [] and completed["final"] == data["final"]
+    measured = completed["metrics"]["compressed"]["val/loss"]
+    assert measured == float(trainer.callback_metrics["val/loss"]) != of_floats
+    assert f"{measured:.4g}" in (tmp_path / "report.html").read_text()
+
+
+def test_validating_another_model_leaves_the_report_alone(tmp_path: Path) -> None:
+    report = CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[BlockQuantization(), report], max_epochs=1)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    before = (tmp_path / "report.json").read_text()
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    assert (tmp_path / "report.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("method", "is_known"),
+    [
+        (lambda: BlockQuantization(start=0.2, ramp_end=0.5), True),
+        (lambda: SoftThresholdRank(target_params=0.5, rank_multiple=4), True),
+        (lambda: WidthSlimming(heads=2), True),
+        (lambda: MultiExit(threshold=0.3), True),
+        (lambda: MultiExit(target_flops=0.7), False),
+        (lambda: ContributionTokenDropping(warmup=0.2), True),
+        (lambda: ContributionTokenDropping(warmup=0.2, max_drop=0.1), False),
+    ],
+    ids=[
+        "rounded",
+        "ranks",
+        "widths",
+        "exits",
+        "goal of exits",
+        "tokens",
+        "dial of tokens",
+    ],
+)
+def test_metrics_are_told_where_the_last_validation_was_of_the_model_as_it_became(
+    tmp_path: Path, method: Callable[[], CompressionCallback], is_known: bool
+) -> None:
+    report = CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[report, method()], max_epochs=3)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert (data["metrics"]["compressed"] is not None) == is_known
+    assert any("trainer.validate" in note for note in data["warnings"]) != is_known
+
+
+def test_bits_and_bytes_are_those_of_the_saved_model(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path / "report"), lengths=[6])
+    trainer = toy_trainer(callbacks=[BlockQuantization(preset="w4a8"), report], max_steps=2)
+    trainer.fit(module, toy_loader())
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    save_pretrained(module, tmp_path / "small")
+    tiny_bert().save_pretrained(tmp_path / "dense")
+    for name, folder in (("dense", "dense"), ("compressed", "small")):
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
+            held = [file.get_tensor(key) for key in file.offset_keys()]
+        assert data["final"]["bytes_on_disk"][name] == sum(h.numel() * h.element_size() for h in held)
+    assert [row["operator"] for row in data["bits"]["operators"]] == [
+        "linear weights",
+        "inputs of linears",
+        "tables",
+    ]
+    assert "<h2>Bits</h2>" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("bad", [{"every_n_steps": 0}, {"lengths": []}, {"lengths": [0]}], ids=str)

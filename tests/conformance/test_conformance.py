@@ -127,7 +127,9 @@ def test_converting_without_preparing_raises(case: Case) -> None:
 def test_convert_keeps_the_outputs_and_shrinks_as_counted(case: Case) -> None:
     compressor = trained(case)
     before, counted = logits(compressor.model), count_parameters(compressor.model)
+    assert compressor.is_as_deployed
     compressor.convert()
+    assert compressor.is_as_deployed
     assert torch.allclose(logits(compressor.model), before, atol=1e-5)
     assert count_parameters(compressor.model) == counted
     if case.shrinks != "bits":  # whose weights are no parameters any more

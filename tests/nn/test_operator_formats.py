@@ -23,6 +23,12 @@ def test_blocks_of_moving_values_hold_one_row_except_where_there_is_one_for_all(
     assert layerwise.weight == layerwise.input == BlockFormat(8, (0, 0))
 
 
+def test_blocks_as_high_as_the_matrix_do_not_span_tokens():
+    formats = preset("w8a8", block=(0, 16), operators="all")
+    assert formats.weight == BlockFormat(8, (0, 16))
+    assert formats.input == formats.attention == BlockFormat(8, (1, 16))
+
+
 def test_only_what_was_asked_for_is_quantised():
     assert preset("w8a8", operators=("norm", "linear")).operators == ("linear", "norm")
     assert preset("w8a8", operators=["attention"]) == OperatorFormats(attention=BlockFormat())

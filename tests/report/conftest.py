@@ -139,6 +139,27 @@ def width_run(run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
+def bits_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that rounds linears to 4 bits, and computes softmax in integers."""
+    dense = run["final"]["parameters"]["dense"]
+    sizes = {"dense": 12_000_000, "compressed": 1_500_000}
+    run["final"].update(parameters={"dense": dense, "compressed": dense}, ranks={}, bytes_on_disk=sizes)
+    for step in run["steps"]:
+        step.update(size_ratio=1.0, ranks={})
+    blocks = {"bits": 4, "block": "32 × 32", "factor": "shift"}
+    integers = {"bits": None, "block": None, "factor": None}
+    run["bits"] = {
+        "operators": [
+            {"operator": "linear weights", "places": 1200, **blocks},
+            {"operator": "softmax", "places": 6, **integers},
+        ]
+    }
+    run["target"] = {}
+    run["methods"] = [{"method": "block_quantization", "config": {"preset": "w4a8"}}]
+    return run
+
+
+@pytest.fixture
 def exit_run(run: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that trains exits in a model of four layers, two of which are asked."""
     dense, more = run["final"]["parameters"]["dense"], {"encoder": 1_100_000, "total": 3_002_000}
