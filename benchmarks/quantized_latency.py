@@ -7,7 +7,7 @@
 
 The model has MiniLM's shape and random weights unless a folder is named. Texts are random, as long as the shape says,
 without padding. Ours are ``w8a8`` and ``w4a8``: quantised without training, with the backend that ``use_backend`` finds
-for the shape; packed, as the family's own code runs them, or exported. Runtimes that are not installed are named and
+for the shape; packed, as the family's own code runs them, or exported; ``exact`` is the reference. Runtimes that are not installed are named and
 left out. Time is that of the processor, on one thread; ratios are formed within a round. Shapes that the results file
 holds for a model are skipped. Of compressed models ``x dense`` is against the dense one in the same runtime and
 numbers, to be held against ``FLOPs``, what a pass needs less. ``--rivals`` takes those whose names begin so, the two
@@ -95,6 +95,11 @@ def rivals_of(
         "w8a8 packed, all int8",
         lambda shape, _: in_torch(_quantized(_packed(dense), "w8a8", shape, backend="int8")),
     )
+    for name, block in (("w8a8", "row"), ("w4a8", (1, 128))):
+        yield (
+            f"exact {name} {block}",
+            lambda *_, name=name, block=block: in_torch(_exact(dense, name, block)),
+        )
     for engine in ("onednn", "fbgemm"):
         yield f"torch.ao int8 {engine}", lambda *_, engine=engine: runtimes.in_torch_int8(dense, engine)
     if "torchao" not in missing:
@@ -156,6 +161,10 @@ def _once(path: Path, make: Callable[..., Path], model: nn.Module, **form: Any) 
 
 def _packed(model: nn.Module) -> nn.Module:
     return lightning_compress.pack(copy.deepcopy(model)).eval()
+
+
+def _exact(model: nn.Module, preset: Any, block: Any) -> nn.Module:
+    return lightning_compress.quantize(copy.deepcopy(model), preset, block=block)
 
 
 def _quantized(model: nn.Module, preset: Any, shape: tuple[int, int], backend: str = "auto") -> nn.Module:

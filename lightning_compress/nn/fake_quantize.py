@@ -21,6 +21,7 @@ from lightning_compress.ops.block_matmul import MAX_GUARD_BITS
 from lightning_compress.ops.block_matmul.reference import bias_exponents, largest_exponents
 from lightning_compress.ops.block_quantize import block_quantize
 from lightning_compress.ops.block_quantize.reference import power_of_two
+from lightning_compress.ops.block_round import block_round
 
 __all__ = ["fake_block_matmul", "fake_quantize"]
 
@@ -101,8 +102,7 @@ def fake_block_matmul(
 
 
 def _rounded(x_RC: Tensor, form: BlockFormat) -> Tensor:
-    payload_RC, factor = block_quantize(x_RC, form.bits, form.block, form.factor)
-    return block_dequantize(payload_RC, factor, form.block).to(x_RC.dtype)
+    return block_round(x_RC, form.bits, form.block, form.factor).to(x_RC.dtype)
 
 
 class _Rounding(torch.autograd.Function):

@@ -167,6 +167,33 @@ def test_no_product_is_lost_where_float32_would_lose_it(depth: int, edge: int, d
     assert torch.equal(scaled, exact.float()) if size == 1 else torch.allclose(scaled, exact.float())
 
 
+@pytest.mark.skipif(not reference._is_exact_here(), reason="this processor multiplies no 8-bit integers")
+@pytest.mark.parametrize("blocks", [((1, 0), (1, 0)), ((1, 64), (64, 64)), ((0, 0), (1, 100))])
+@pytest.mark.parametrize("shape", [(1, 5, 1536), (70, 33, 200), (40, 3, 3000)])
+def test_products_of_integers_are_those_of_floats_bit_for_bit(shape: tuple, blocks: tuple, monkeypatch):
+    bias = torch.randn(shape[1])
+    a, sa, b, sb = operands(shape, blocks, seed=3, factor="scale", spread=0.5)
+    a[0], b[0] = 127, -127
+    found = block_matmul(a, sa, b, sb, bias, *blocks, "scale")
+    monkeypatch.setattr(reference, "_is_exact_here", lambda: False)
+    assert torch.equal(found, block_matmul(a, sa, b, sb, bias, *blocks, "scale"))
+
+
+def test_a_processor_that_saturates_or_has_no_such_product_multiplies_floats(monkeypatch):
+    probe = reference._is_exact_here.__wrapped__
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    exact = lambda a, b: (a.double() @ b.double()).int()  # noqa: E731
+    monkeypatch.setattr(reference, "_int_mm", exact)
+    assert probe()
+    monkeypatch.setattr(reference, "_int_mm", lambda a, b: exact(a, b).clamp(max=4_000_000))
+    assert not probe()
+    monkeypatch.setattr(reference, "_int_mm", None)
+    assert not probe()
+    monkeypatch.setattr(reference, "_int_mm", exact)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not probe()
+
+
 def test_probabilities_are_unsigned_with_one_fixed_exponent():
     p, v = torch.tensor([[255, 1, 0]], dtype=torch.uint8), torch.tensor([[127, -127, 5]], dtype=torch.int8)
     fixed, exponent = torch.tensor([[-8]], dtype=torch.int8), torch.tensor([[0, 2]], dtype=torch.int8)

@@ -1,7 +1,8 @@
 """What ``block_matmul`` means, in plain torch; also how it runs wherever there is no kernel.
 
-Integers are multiplied as float32, which is exact while a sum stays below 2^24: no integer is lost, and products are
-as fast as those of float32. The next chapter is :mod:`lightning_compress.ops.block_matmul.triton_kernel`.
+Where the processor multiplies 8-bit integers, it does. Elsewhere they are multiplied as float32, which is exact while a
+sum stays below 2^24: no integer is lost, and products are as fast as those of float32. The next chapter is
+:mod:`lightning_compress.ops.block_matmul.triton_kernel`.
 
 Shape legend: M rows of a, N rows of b, K columns of both, D of them in a block; P, Q blocks over rows and columns;
 any dimensions may come before.
@@ -10,6 +11,8 @@ any dimensions may come before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,11 @@ TILE = 2**17
 
 MIN_ROWS = 32
 """Rows at once of each matrix, however many matrices there are: products of fewer are slow."""
+
+MIN_DEPTH = 64
+"""Columns of a block from which products of integers are faster than those of floats."""
+
+_int_mm: Any = getattr(torch, "_int_mm", None)  # it is not exported
 
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 
@@ -79,7 +87,9 @@ def block_matmul(
     if is_shift:  # powers of two lose nothing: integers and exponents are multiplied at once
         a_MK = block_dequantize(a_MK, a_factor_PQ, a_rows, a_columns)
         b_NK = block_dequantize(b_NK, b_factor_PQ, b_rows, b_columns)
-    a_blocks, b_blocks = _over_depth(a_MK.float(), edge), _over_depth(b_NK.float(), edge)
+    if edge < MIN_DEPTH or not _has_integer_product(a_MK, b_NK):
+        a_MK, b_NK = a_MK.float(), b_NK.float()
+    a_blocks, b_blocks = _over_depth(a_MK, edge), _over_depth(b_NK, edge)
     a_factor_MQ = _over_rows(a_factor_PQ, a_rows, a_MK.shape[-2], len(a_blocks))
     b_factor_NQ = _over_rows(b_factor_PQ, b_rows, b_NK.shape[-2], len(b_blocks))
     fits = depth * largest * 2**guard_bits < 2**30  # with the bias, below 2^31
@@ -164,10 +174,29 @@ def largest_exponents(a_factor_MQ: Tensor, b_factor_NQ: Tensor) -> Tensor:
 
 def _product(a_MD: Tensor, b_ND: Tensor, exact: int) -> Tensor:
     """Product of integers, or of integers times powers of two, without rounding."""
+    if a_MD.dtype == torch.int8:
+        return _int_mm(a_MD, b_ND.mT)
     if a_MD.shape[-1] <= exact:
         return a_MD @ b_ND.mT
     pieces = zip(_over_depth(a_MD, exact), _over_depth(b_ND, exact), strict=True)
     return sum((a @ b.mT).double() for a, b in pieces)  # type: ignore[return-value]
+
+
+def _has_integer_product(a_MK: Tensor, b_NK: Tensor) -> bool:
+    is_plain = a_MK.dim() == 2 and a_MK.dtype == b_NK.dtype == torch.int8
+    return is_plain and a_MK.device.type == "cpu" and min(a_MK.shape + b_NK.shape) > 0 and _is_exact_here()
+
+
+@cache
+def _is_exact_here() -> bool:
+    """Whether this processor multiplies 8-bit integers fast, and saturates nowhere on the way: those before VNNI do."""
+    if _int_mm is None or not torch.cpu._is_vnni_supported():
+        return False
+    extreme_MK = torch.full((32, 256), 127, dtype=torch.int8)
+    signed_MK = extreme_MK * torch.tensor([1, -1], dtype=torch.int8).repeat(128)
+    products = (_int_mm(extreme_MK, other_MK.mT) for other_MK in (extreme_MK, -extreme_MK, signed_MK))
+    sums = (256 * 127**2, -256 * 127**2, 0)
+    return all(bool((product == total).all()) for product, total in zip(products, sums, strict=True))
 
 
 def _over_depth(a_MK: Tensor, edge: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_compress.ops.block_quantize import reference
 
-__all__ = ["block_quantize", "check_block"]
+__all__ = ["block_quantize", "check_block", "check_blocks"]
 
 _FACTORS = {"scale": torch.float32, "shift": torch.int8}
 
@@ -53,6 +53,17 @@ def block_quantize(x_RC: Tensor, bits: int, block: tuple[int, int], factor: str)
         >>> payload.tolist(), exponents.tolist()
         ([[4, -1], [3, 7]], [[-2], [1]])
     """
+    rows, columns = check_blocks(x_RC, bits, block, factor)
+    return torch.ops.lightning_compress.block_quantize.default(x_RC, bits, rows, columns, factor)
+
+
+def check_blocks(x_RC: Tensor, bits: int, block: tuple[int, int], factor: str) -> tuple[int, int]:
+    """Return the sides of a block, a matrix having been found to go into such blocks.
+
+    Raises:
+        TypeError: If ``x_RC`` is not floating.
+        ValueError: If it is no matrix, or another argument is out of its range.
+    """
     if not x_RC.is_floating_point():
         raise TypeError(f"x_RC is {x_RC.dtype}: give real numbers, such as float32")
     if x_RC.dim() < 2:
@@ -61,8 +72,7 @@ def block_quantize(x_RC: Tensor, bits: int, block: tuple[int, int], factor: str)
         raise ValueError(f"bits={bits} is not from 2 to 8")
     if factor not in _FACTORS:
         raise ValueError(f"factor={factor!r} is not one of {list(_FACTORS)}")
-    rows, columns = check_block("block", block)
-    return torch.ops.lightning_compress.block_quantize.default(x_RC, bits, rows, columns, factor)
+    return check_block("block", block)
 
 
 def check_block(name: str, block: tuple[int, int]) -> tuple[int, int]:

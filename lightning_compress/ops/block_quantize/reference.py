@@ -18,6 +18,7 @@ __all__ = [
     "MIN_EXPONENT",
     "block_exponents",
     "block_quantize",
+    "block_round",
     "block_scales",
     "num_blocks",
     "power_of_two",
@@ -55,21 +56,19 @@ def block_quantize(x_RC: Tensor, bits: int, rows: int, columns: int, factor: str
         >>> block_quantize(torch.tensor([[3.0, -1.5]]), bits=3, rows=1, columns=0, factor="scale")
         (tensor([[ 3, -2]], dtype=torch.int8), tensor([[1.]]))
     """
-    blocks_PrQc = split_blocks(x_RC.float(), rows, columns)
-    amax_PQ = _largest(blocks_PrQc)
-    if x_RC.device.type == "cpu" and not bool(amax_PQ.isfinite().all()):
-        raise ValueError("an element is NaN or infinite: quantise finite numbers only")
-    qmax = 2 ** (bits - 1) - 1
-    if factor == "scale":
-        factor_PQ = block_scales(amax_PQ, qmax)
-        divisor_PQ = torch.where(factor_PQ > 0, factor_PQ, 1)  # where the scale is 0, so are the integers
-    else:
-        factor_PQ = block_exponents(amax_PQ, qmax)
-        divisor_PQ = power_of_two(factor_PQ)
-    quotient_PrQc = blocks_PrQc / divisor_PQ[..., :, None, :, None]
-    integer_PrQc = quotient_PrQc.round_().clamp_(-qmax, qmax).to(torch.int8)
-    integer_RC = integer_PrQc.flatten(-2).flatten(-3, -2)[..., : x_RC.shape[-2], : x_RC.shape[-1]]
-    return integer_RC.contiguous(), factor_PQ
+    integer_PrQc, factor_PQ, _ = _quantized(x_RC, bits, rows, columns, factor)
+    return _joined(integer_PrQc.to(torch.int8), x_RC), factor_PQ
+
+
+def block_round(x_RC: Tensor, bits: int, rows: int, columns: int, factor: str) -> Tensor:
+    """Round a matrix to what its blocks can hold: the integers of :func:`block_quantize` times their factors, float32.
+
+    Example:
+        >>> block_round(torch.tensor([[3.0, -1.4]]), bits=3, rows=1, columns=0, factor="scale")
+        tensor([[ 3., -1.]])
+    """
+    integer_PrQc, _, divisor_PQ = _quantized(x_RC, bits, rows, columns, factor)
+    return _joined(integer_PrQc.mul_(divisor_PQ[..., :, None, :, None]), x_RC)
 
 
 def split_blocks(x_RC: Tensor, rows: int, columns: int) -> Tensor:
@@ -121,8 +120,33 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
+def _quantized(
+    x_RC: Tensor, bits: int, rows: int, columns: int, factor: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return integers ``[..., P, r, Q, c]`` as float32, factors, and what the integers are to be multiplied by."""
+    blocks_PrQc = split_blocks(x_RC.float(), rows, columns)
+    amax_PQ = _largest(blocks_PrQc)
+    if x_RC.device.type == "cpu" and not bool(amax_PQ.isfinite().all()):
+        raise ValueError("an element is NaN or infinite: quantise finite numbers only")
+    qmax = 2 ** (bits - 1) - 1
+    if factor == "scale":
+        factor_PQ = block_scales(amax_PQ, qmax)
+        divisor_PQ = torch.where(factor_PQ > 0, factor_PQ, 1)  # where the scale is 0, so are the integers
+    else:
+        factor_PQ = block_exponents(amax_PQ, qmax)
+        divisor_PQ = power_of_two(factor_PQ)
+    quotient_PrQc = blocks_PrQc / divisor_PQ[..., :, None, :, None]
+    return quotient_PrQc.round_().clamp_(-qmax, qmax), factor_PQ, divisor_PQ
+
+
+def _joined(blocks_PrQc: Tensor, x_RC: Tensor) -> Tensor:
+    """Undo :func:`split_blocks`, to the shape of the matrix."""
+    return blocks_PrQc.flatten(-2).flatten(-3, -2)[..., : x_RC.shape[-2], : x_RC.shape[-1]].contiguous()
+
+
 def _largest(blocks_PrQc: Tensor) -> Tensor:
     """Largest magnitude of each block; NaN where it has one."""
     if blocks_PrQc.numel() == 0:
         return blocks_PrQc.new_zeros(*blocks_PrQc.shape[:-3], blocks_PrQc.shape[-2])
-    return blocks_PrQc.abs().amax(dim=(-3, -1))
+    smallest_PQ, largest_PQ = blocks_PrQc.amin(dim=(-3, -1)), blocks_PrQc.amax(dim=(-3, -1))
+    return torch.maximum(largest_PQ, -smallest_PQ).abs()  # of zeros, none is negative
