@@ -7,11 +7,11 @@
 
 The model has MiniLM's shape and random weights unless a folder is named. Texts are random, as long as the shape says,
 without padding. Ours are ``w8a8`` and ``w4a8``: quantised without training, with the backend that ``use_backend`` finds
-for the shape; packed, as the family's own code runs them, or exported; ``exact`` is the reference. Runtimes that are not installed are named and
-left out. Time is that of the processor, on one thread; ratios are formed within a round. Shapes that the results file
-holds for a model are skipped. Of compressed models ``x dense`` is against the dense one in the same runtime and
-numbers, to be held against ``FLOPs``, what a pass needs less. ``--rivals`` takes those whose names begin so, the two
-dense ones always; ``--no-compile`` leaves out what takes a minute for each shape.
+for the shape; packed, as the family's own code runs them, or exported; ``exact`` ones are computed by the reference.
+Runtimes that are not installed are named and left out. Time is that of the processor, on one thread; ratios are formed
+within a round. Shapes that the results file holds for a model are skipped. Of compressed models ``x dense`` is against
+the dense one in the same runtime and numbers, to be held against ``FLOPs``, what a pass needs less. ``--rivals`` takes
+those whose names begin so, the two dense ones always; ``--no-compile`` leaves out what takes a minute for each shape.
 """
 
 from __future__ import annotations
