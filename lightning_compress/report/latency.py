@@ -73,7 +73,7 @@ def measure_latency(
         seed: Seed of the token ids; the global generator is not touched.
         progress: Called with (rounds done, rounds in all) after each round.
         backend: What computes the linears of all models that have quantised ones, as `use_backend` takes it;
-            it is printed. None leaves them to the reference.
+            it is printed, and the table tells it. None leaves them to the reference.
 
     Returns:
         The table of paired samples.
@@ -109,8 +109,10 @@ def measure_latency(
     timings: list[Timing] = []
     shapes = list(product(batch_sizes, lengths))
     with _threads(threads), torch.inference_mode():
+        backends: dict[str, str] = {}
         if backend is not None:
-            _speed_up({key: model for key, model in variants.items() if key[0] in fast}, backend, shapes)
+            quantised = {key: model for key, model in variants.items() if key[0] in fast}
+            backends = _speed_up(quantised, backend, shapes)
         for index, (batch_size, length) in enumerate(shapes):
             batch = random_batch(loaded, batch_size, length, seed, device)
             _warm_up(variants, batch, warmup)
@@ -122,7 +124,13 @@ def measure_latency(
             timings += [Timing(*key, batch_size, length, tuple(t[key] for t in turns)) for key in variants]
         used = torch.get_num_threads()
     return LatencyTable.taken_here(
-        timings, held_against, threads=used, warmup=warmup, clock=clock, device=str(torch.device(device))
+        timings,
+        held_against,
+        threads=used,
+        warmup=warmup,
+        clock=clock,
+        device=str(torch.device(device)),
+        backends=backends,
     )
 
 
@@ -199,11 +207,15 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
-def _speed_up(variants: Variants, backend: str, shapes: Sequence[tuple[int, int]]) -> None:
-    """Let quantised linears be computed by a backend, chosen at the numbers of tokens that will be timed."""
+def _speed_up(variants: Variants, backend: str, shapes: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Let quantised linears be computed by a backend, chosen at the numbers of tokens that will be timed, and tell."""
     tokens = sorted({batch_size * length for batch_size, length in shapes})
+    chosen = {}
     for (name, dtype), model in variants.items():
-        print(f"{name} in {dtype}, {use_backend(model, backend, batch_tokens=tokens, verbose=False)}")
+        report = use_backend(model, backend, batch_tokens=tokens, verbose=False)
+        print(f"{name} in {dtype}, {report}")
+        chosen[f"{name} {dtype}"] = report.summary
+    return chosen
 
 
 def _warm_up(variants: Variants, batch: dict[str, Tensor], warmup: int) -> None:

@@ -5,7 +5,7 @@ The samples are all that is stored; every other number is computed from them, he
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,8 @@ class LatencyTable:
         device: Where it ran, such as `"cpu"`.
         machine: See `describe_machine`.
         versions: See `describe_versions`.
+        backends: By model and dtype, as in `"small bf16"`, what computed the quantised linears; empty where the
+            reference did.
     """
 
     timings: tuple[Timing, ...]
@@ -93,6 +95,7 @@ class LatencyTable:
     device: str
     machine: dict[str, Any]
     versions: dict[str, str]
+    backends: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def taken_here(
@@ -146,6 +149,7 @@ class LatencyTable:
             "baselines": list(self.baselines),
             "rounds": self.rounds,
             **data,
+            **({"backends": dict(self.backends)} if self.backends else {}),
             "timings": timings,
             "speedups": speedups,
         }
@@ -177,7 +181,8 @@ class LatencyTable:
             for row in data["timings"]
         )
         plain = {name: data[name] for name in ("threads", "warmup", "clock", "device", "machine", "versions")}
-        return cls(timings=timings, baselines=tuple(data["baselines"]), **plain)
+        backends = dict(data.get("backends", {}))
+        return cls(timings=timings, baselines=tuple(data["baselines"]), backends=backends, **plain)
 
     def to_json(self) -> str:
         """Return `to_dict` as indented JSON text."""

@@ -35,7 +35,7 @@ def use_backend(
     backend: str | Mapping[str, str] | BackendReport = "auto",
     *,
     batch_tokens: Sequence[int] = (16, 128, 1024),
-    one_factor: bool = False,
+    one_factor: bool | None = None,
     bf16_states: bool | None = None,
     verbose: bool = True,
 ) -> BackendReport:
@@ -51,12 +51,13 @@ def use_backend(
     Args:
         model: A model with quantised linears, as ``quantize`` or ``load`` return it; for encoders, ``pack`` it first.
         backend: ``"auto"``, one of ``"int8"``, ``"triton"``, ``"bf16"``, ``"fp32"``, ``"bnb8"``, ``"nf4"``, or
-            ``"reference"``; for each layer by its path such a name; or an earlier report, whose choices and dtype of
-            states are taken again.
+            ``"reference"``; for each layer by its path such a name; or an earlier report, all of whose choices are
+            taken again.
         batch_tokens: Numbers of rows (tokens in flight) to measure at; they count the same.
         one_factor: Let ``"int8"`` round all rows of a call by one factor: on processors by PyTorch's own dynamic
             quantisation. Faster; but then texts of a batch change each other's rounding, outliers of one row cost all
             of them precision, integers are not those of the reference, and NaN may be taken for an ordinary number.
+            None does as an earlier report says that is given, and otherwise does not.
         bf16_states: Whether a packed encoder hands bfloat16 from operator to operator. None does as an earlier report
             says that is given, and otherwise where the processor has AMX and the backend is ``"auto"``.
         verbose: Print what was chosen.
@@ -78,7 +79,9 @@ def use_backend(
     check_backend(backend)
     if isinstance(backend, BackendReport):
         bf16_states = backend.states is not None if bf16_states is None else bf16_states
+        one_factor = backend.one_factor if one_factor is None else one_factor
         backend = backend.choices
+    one_factor = bool(one_factor)
     layers = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     if not layers:
         raise ValueError(
@@ -102,7 +105,7 @@ def use_backend(
         layers[path].engine = engine
     if encoder is not None:
         encoder.states = states
-    report = BackendReport(choices, states, timings)
+    report = BackendReport(choices, states, timings, one_factor)
     if verbose:
         print(report)
     return report

@@ -56,14 +56,21 @@ class BackendReport:
     """Dtype between the operators of a packed encoder; None for that of the model."""
     timings: list[Timing] = field(default_factory=list)
     """One for each shape; empty if nothing was measured."""
+    one_factor: bool = False
+    """Whether ``"int8"`` rounds all rows of a call by one factor."""
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many layers each backend computes, in one line."""
         counts = ", ".join(
             f"{name} for {count}" for name, count in Counter(self.choices.values()).most_common()
         )
         states = f"; {str(self.states).removeprefix('torch.')} between operators" if self.states else ""
-        head = f"backends of {len(self.choices)} quantised linears: {counts or 'reference'}{states}"
-        return "\n  ".join([head, *map(str, self.timings)])
+        factor = "; one factor for all rows" if self.one_factor and "int8" in self.choices.values() else ""
+        return f"backends of {len(self.choices)} quantised linears: {counts or 'reference'}{factor}{states}"
+
+    def __str__(self) -> str:
+        return "\n  ".join([self.summary, *map(str, self.timings)])
 
 
 def time_engines(

@@ -160,14 +160,19 @@ def test_a_backend_computes_the_quantised_linears_of_all_that_have_some(models, 
         return 1.0
 
     monkeypatch.setattr(latency, "_time_once", look)
-    measure_latency(models, [1, 2], [4], rounds=1, warmup=1, backend="bf16")
+    table = measure_latency(models, [1, 2], [4], rounds=1, warmup=1, backend="bf16")
+    assert table.backends == {
+        f"small {dtype}": "backends of 6 quantised linears: bf16 for 6" for dtype in ("fp32", "bf16")
+    }
+    assert LatencyTable.from_json(table.to_json()) == table
     assert seen == {"dense": [], "small": [True] * 6}
     assert capsys.readouterr().out == "".join(
         f"small in {dtype}, backends of 6 quantised linears: bf16 for 6\n" for dtype in ("fp32", "bf16")
     )
     assert engines(models["small"]) == [None] * 6
-    measure_latency(models, [1], [4], rounds=1, warmup=1)
+    plain = measure_latency(models, [1], [4], rounds=1, warmup=1)
     assert seen["small"] == [False] * 6
+    assert plain.backends == {} and "backends" not in plain.to_dict()
 
 
 def test_backends_are_measured_at_the_numbers_of_tokens_that_are_timed(models, capsys):

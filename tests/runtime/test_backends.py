@@ -241,6 +241,21 @@ def test_a_report_brings_the_dtype_of_states_back_and_choices_alone_do_not(bert,
     assert use_backend(model, report, bf16_states=False, verbose=False).states is None
 
 
+@pytest.mark.skipif(not has_int8_kernels(), reason="no products of 8-bit integers here")
+def test_a_report_remembers_one_factor_for_all_rows():
+    torch.manual_seed(0)
+    model = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(8, 8), BlockFormat(), BlockFormat()))
+    x = torch.randn(3, 8) * torch.tensor([[1.0], [10.0], [0.1]])
+    with torch.inference_mode():
+        report = use_backend(model, "int8", one_factor=True, verbose=False)
+        assert report.one_factor and "int8 for 1; one factor for all rows" in str(report)
+        found = model(x)
+        assert use_backend(model, report, verbose=False).one_factor and torch.equal(model(x), found)
+        assert not use_backend(model, report.choices, verbose=False).one_factor
+        assert not torch.equal(model(x), found)
+        assert not use_backend(model, report, one_factor=False, verbose=False).one_factor
+
+
 def test_a_report_is_refused_where_its_states_cannot_be(bert):
     report = use_backend(pack(bert), "fp32", bf16_states=True, verbose=False)
     with pytest.raises(ValueError, match=r"call pack\(model\) first"):
