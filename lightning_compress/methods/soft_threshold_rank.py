@@ -1,6 +1,7 @@
 """SoftThresholdRank: every linear becomes U f(sigma - alpha) V, and the model learns each layer's rank.
 
-The plot in the order of time: the config, :func:`prepare`, :func:`update` (warm-up, search, recovery),
+The plot in the order of time: the config (written down in :mod:`lightning_compress.methods.rank_config`), what it means
+for a model (:mod:`lightning_compress.methods.rank_plan`), :func:`prepare`, :func:`update` (warm-up, search, recovery),
 :func:`convert`, :func:`restore`. How ranks are chosen under a budget stands in
 :mod:`lightning_compress.nn.rank_budget`; the cast is in :mod:`lightning_compress.nn.soft_threshold_rank`.
 
@@ -9,38 +10,33 @@ Paper: SoftLMs (arXiv 2411.10543); schedule after the code of its successor STAR
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults, MethodConfig, check, check_kinds
+from lightning_compress.methods.base import AuxiliaryGroup, HandleDefaults
+from lightning_compress.methods.rank_config import SoftThresholdRankConfig
+from lightning_compress.methods.rank_plan import check_structure, chosen_paths, weight_budget
 from lightning_compress.nn.adapters import (
     adapter_around,
     adapter_factors,
     adapter_rank,
-    check_foldable,
     without_adapter,
 )
-from lightning_compress.nn.anatomy import describe
-from lightning_compress.nn.flops import count_parameters
-from lightning_compress.nn.rank_budget import LayerSize, choose_ranks, layer_cost, smallest_size
+from lightning_compress.nn.rank_budget import LayerSize, choose_ranks, layer_cost
 from lightning_compress.nn.soft_threshold_rank import LowRankLinear, Mode, SoftThresholdLinear
 from lightning_compress.nn.surgery import (
     Ledger,
     get_module,
-    is_linear,
     linear_shape,
     new_linear,
     replace_module,
     unwrap_adapter,
 )
-from lightning_compress.plan import PlanError
 
 __all__ = [
     "Config",
@@ -55,77 +51,6 @@ __all__ = [
 _RAMP_SHARE = 0.8
 _TRAVEL_SLACK = 2.0
 _MODES: dict[str, Mode] = {"warmup": "open", "search": "gated", "recovery": "pinned"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftThresholdRankConfig(MethodConfig):
-    """What the user may choose; the callback's arguments are these fields."""
-
-    stem: ClassVar[str] = "soft_threshold_rank"
-
-    target_params: float = 0.5
-    """Share of the parameters of ``scope`` to keep, in (0, 1]."""
-    scope: Literal["linear", "encoder", "total"] = "linear"
-    """What ``target_params`` is a share of: the weights of the factorised linears, the layers, or the whole model."""
-    include: tuple[str, ...] = ("*",)
-    """Shell patterns over module paths: which of the family's linears to factorise."""
-    exclude: tuple[str, ...] = ()
-    """Shell patterns over module paths: which of them to leave dense."""
-    regularizer: Literal["target", "exp"] = "target"
-    """``"target"``: log of size over a shrinking budget; ``"exp"``: sum of exp(-alpha), stopped at the target."""
-    regularizer_weight: float | None = None
-    """Weight of the regularizer beside the task loss; by default 1 for ``"target"`` and 0.1 for ``"exp"``."""
-    allocation: Literal["learned", "uniform"] = "learned"
-    """``"learned"``: thresholds decide each layer's rank; ``"uniform"``: every layer gets the same share, no search."""
-    init: Literal["svd", "whitened"] = "whitened"
-    """Decomposition at the end of the warm-up: plain, or whitened by the inputs seen during the warm-up."""
-    warmup: float = 0.1
-    """Share of training before the thresholds move, in [0, 1)."""
-    search_end: float = 0.3
-    """Share of training after which ranks are pinned at the latest, in (warmup, 1]."""
-    sharpness: float = 50.0
-    """Slope s of the gate, positive."""
-    relative: bool = True
-    """Whether thresholds are in units of each layer's root-mean-square singular value, or absolute."""
-    threshold_lr: float | None = None
-    """Learning rate of the thresholds; by default such that they can cross twice the distance they have to."""
-    rank_multiple: int = 16
-    """Kept ranks are rounded up to a multiple of this (matrix units like 16 or 32), at least 1."""
-    dense_above: float = 0.75
-    """A layer stays dense where its two factors would hold more than this share of the dense weights, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        check(0.0 < self.target_params <= 1.0, f"target_params={self.target_params} is outside (0, 1]")
-        check(
-            self.scope in ("linear", "encoder", "total"),
-            f"scope={self.scope!r} is not linear, encoder or total",
-        )
-        check(
-            self.regularizer in ("target", "exp"),
-            f"regularizer={self.regularizer!r} is not 'target' or 'exp'",
-        )
-        check(
-            self.allocation in ("learned", "uniform"),
-            f"allocation={self.allocation!r} is not learned or uniform",
-        )
-        check(self.init in ("svd", "whitened"), f"init={self.init!r} is not 'svd' or 'whitened'")
-        check(0.0 <= self.warmup < 1.0, f"warmup={self.warmup} is outside [0, 1)")
-        check(
-            self.warmup < self.search_end <= 1.0,
-            f"search_end={self.search_end} is outside (warmup={self.warmup}, 1]: ranks are searched between the two",
-        )
-        check(self.sharpness > 0, f"sharpness={self.sharpness} is not positive")
-        check(
-            self.threshold_lr is None or self.threshold_lr > 0,
-            f"threshold_lr={self.threshold_lr} is not positive",
-        )
-        weight = self.regularizer_weight
-        check(weight is None or weight >= 0, f"regularizer_weight={weight} is negative")
-        check(self.rank_multiple >= 1, f"rank_multiple={self.rank_multiple} is below 1")
-        check(0.0 < self.dense_above <= 1.0, f"dense_above={self.dense_above} is outside (0, 1]")
-        object.__setattr__(self, "include", _patterns(self.include))
-        object.__setattr__(self, "exclude", _patterns(self.exclude))
 
 
 Config = SoftThresholdRankConfig
@@ -247,10 +172,10 @@ def prepare(model: nn.Module, config: SoftThresholdRankConfig) -> SoftThresholdR
     Raises:
         ValueError: If the patterns match nothing, a layer is factorised already, or the target cannot be reached.
     """
-    paths = _chosen_paths(model, config)
+    paths = chosen_paths(model, config)
     adapter_ranks = {path: rank for path in paths if (rank := adapter_rank(adapter_around(model, path)))}
     sizes = {p: LayerSize(*linear_shape(get_module(model, p)), adapter_ranks.get(p, 0)) for p in paths}
-    budget = _budget(model, config, sizes)
+    budget = weight_budget(model, config, sizes)
     ledger, layers = Ledger(model), {}
     for path in paths:
         linear = get_module(model, path)
@@ -348,7 +273,7 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
         PlanError: If the structure names a module that is not a dense linear of the model or a rank out of bounds;
             nothing has been changed or allocated then.
     """
-    _check_structure(model, structure)
+    check_structure(model, structure)
     ledger = Ledger(model)
     for path, rank in structure["ranks"].items():
         linear = get_module(model, unwrap_adapter(model, path))
@@ -362,62 +287,6 @@ def restore(model: nn.Module, structure: Mapping[str, Any]) -> Ledger:
         if inner != path:
             ledger.replace(path, get_module(model, inner))
     return ledger
-
-
-def _chosen_paths(model: nn.Module, config: SoftThresholdRankConfig) -> list[str]:
-    slots = [slot.path for layer in describe(model).layers for slot in layer.linears]
-    chosen = [p for p in slots if _matches(p, config.include) and not _matches(p, config.exclude)]
-    if not chosen:
-        raise ValueError(
-            f"include={list(config.include)} and exclude={list(config.exclude)} leave no linear to factorise; "
-            f"the model's linears are {slots[:6]}{' and more' if len(slots) > 6 else ''}"
-        )
-    paths = [unwrap_adapter(model, path) for path in chosen]
-    _check_untied(model, paths)
-    for path in paths:
-        module = get_module(model, path)
-        if isinstance(module, SoftThresholdLinear | LowRankLinear):
-            raise ValueError(f"{path} is factorised already: use a model in which it is dense, or exclude it")
-        if not is_linear(module):
-            raise ValueError(
-                f"{path} is a {type(module).__name__}, which cannot be factorised: exclude it, or load the model "
-                "without quantisation"
-            )
-        adapter = adapter_around(model, path)
-        if adapter is not None:
-            check_foldable(path, adapter)
-    return paths
-
-
-def _check_untied(model: nn.Module, paths: list[str]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for path in paths:
-        weight = getattr(get_module(model, path), "weight", None)
-        shared = names.get(id(weight), [])
-        if len(shared) > 1:
-            raise ValueError(
-                f"the weight of {path} is shared by {shared}: factorising would untie it. Exclude these layers"
-            )
-
-
-def _budget(model: nn.Module, config: SoftThresholdRankConfig, sizes: Mapping[str, LayerSize]) -> int:
-    """Weights the chosen linears may hold so that the scope meets its target."""
-    dense = sum(size.dense for size in sizes.values())
-    counted = count_parameters(model)
-    adapters = sum(size.extra_rank * (size.in_features + size.out_features) for size in sizes.values())
-    whole = dense if config.scope == "linear" else getattr(counted, config.scope) - adapters
-    budget = math.floor(config.target_params * whole) - (whole - dense)
-    smallest = smallest_size(sizes, config.rank_multiple, config.dense_above)
-    if budget < smallest:
-        reachable = math.ceil(1000 * (whole - dense + smallest) / whole) / 1000
-        raise ValueError(
-            f"target_params={config.target_params} of scope {config.scope!r} cannot be reached: the factorised linears "
-            f"hold {dense:,} of its {whole:,} parameters and shrink to {smallest:,} at least. Ask for {reachable} or "
-            "more, widen include, lower rank_multiple, or count another scope"
-        )
-    return min(budget, dense)
 
 
 def _search_is_over(handle: SoftThresholdRankHandle) -> bool:
@@ -489,46 +358,3 @@ def _load_dense(linear: nn.Module, layer: SoftThresholdLinear, adapter: nn.Modul
     linear.weight.copy_(weight_OI.T if transposed else weight_OI)  # type: ignore[operator]
     if layer.bias is not None:
         linear.bias = layer.bias  # type: ignore[assignment]
-
-
-def _check_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
-    ranks, merged = structure.get("ranks"), structure.get("merged", [])
-    if (
-        set(structure) - {"merged"} != {"ranks"}
-        or not isinstance(ranks, Mapping)
-        or not isinstance(merged, list)
-    ):
-        raise PlanError(
-            f"soft_threshold_rank needs the structure {{'ranks': {{...}}}}, got fields {sorted(structure)}"
-        )
-    for path in merged:
-        _check_linear(model, path)
-    for path, rank in ranks.items():
-        _check_rank(model, path, rank)
-
-
-def _check_linear(model: nn.Module, path: Any) -> None:
-    if not isinstance(path, str) or not is_linear(_module_or_plan_error(model, path)):
-        raise PlanError(f"plan lists {path!r}, which is not a dense linear layer of {type(model).__name__}")
-
-
-def _check_rank(model: nn.Module, path: Any, rank: Any) -> None:
-    _check_linear(model, path)
-    full = min(linear_shape(_module_or_plan_error(model, path)))
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
-        raise PlanError(f"plan gives {path} the rank {rank!r}; allowed are whole numbers from 1 to {full}")
-
-
-def _module_or_plan_error(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return get_module(model, unwrap_adapter(model, path))
-    except ValueError as error:
-        raise PlanError(f"plan does not fit the model: {error}") from error
-
-
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _patterns(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
