@@ -118,7 +118,7 @@ class Compressor:
 
     @property
     def is_as_deployed(self) -> bool:
-        """Whether the model, evaluated now, answers as it will once training has ended and it is converted."""
+        """Whether the model, evaluated now, answers as it would if training ended here and it were converted."""
         return self.is_converted or (
             self.is_prepared and all(h.is_as_deployed for h in self.handles.values())
         )

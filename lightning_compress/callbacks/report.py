@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,25 @@ __all__ = ["CompressionReport"]
 
 _LOSS = re.compile(r"(^|[/_])loss($|[/_])")
 _METRIC = re.compile(r"^val[/_]")
-_FAR = 1.4
-"""How far from the target a measured ratio is worth a word."""
 _NO_TEXTS = (
     "No validation batch with input_ids was seen, so the report cannot show which tokens leave, and FLOPs are those of "
     "the last training passes: give the trainer validation data as dicts of model inputs"
 )
 
 
+_VALIDATE = "call trainer.validate(module, ...), without ckpt_path, on this trainer after fit, and the report is completed"
 _NOT_AS_DEPLOYED = (
-    "Validation last ran before the model had become what it is now, so what its metrics are is not known: call "
-    "trainer.validate(module, ...) on the same trainer after fit, and this report is completed"
+    f"Validation ran before the model became what it is, so its metrics are not known: {_VALIDATE}"
 )
+_STALE = f"Metrics are those of {{}} steps before training ended: {_VALIDATE}"
 
 
 class CompressionReport(Callback):
     """Record sizes, FLOPs, ranks and losses over the steps, and write a report when ``fit`` ends.
 
     Metrics of the compressed model are those of the last validation, if what ran there is what the model has become:
-    not where it is rounded, or a threshold is chosen, only when ``fit`` ends. ``trainer.validate`` after ``fit`` writes
-    the report again, with metrics of the model as it is.
+    not where it is rounded, or a threshold is chosen, only when ``fit`` ends. ``trainer.validate`` after ``fit``,
+    without ``ckpt_path``, writes the report again, of the model as it is then; the latest metrics count.
 
     Args:
         directory: Where to write; by default ``compression_report`` in the trainer's log folder.
@@ -91,8 +90,9 @@ class CompressionReport(Callback):
         self._dense: DenseCounts | None = None
         self._seen = SeenBatches()
         self._clock: PassClock | None = None
-        self._written: tuple[Compressor, RunRecord] | None = None
-        self._is_validated = False
+        self._written: weakref.ref[Compressor] | None = None
+        self._validated: int | None = None
+        """At which step what was validated was as deployed."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,7 +156,8 @@ class CompressionReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note whether what was validated is what the model will be."""
         compressor = _compressor_of(pl_module)
-        self._is_validated = compressor is not None and compressor.is_as_deployed
+        is_known = compressor is not None and compressor.is_as_deployed
+        self._validated = trainer.global_step if is_known else None
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,29 +173,21 @@ class CompressionReport(Callback):
         if compressor is None or self._dense is None or not trainer.is_global_zero:
             return
         if stage == "fit":
-            self._written = compressor, self.record(trainer, compressor)
-            self.path = write_report(self._written[1], self._folder(trainer))
-        elif stage == "validate" and self.path is not None and self._written is not None:
-            self._complete(trainer, compressor)
-
-    def _complete(self, trainer: Trainer, compressor: Compressor) -> None:
-        """Write the report again with the metrics of the model that it is about."""
-        assert self.path is not None and self._written is not None
-        owner, record = self._written
-        if owner is not compressor or not compressor.is_converted:
-            return
-        metrics = record.metrics | {"compressed": _numbers(trainer.callback_metrics, _METRIC)}
-        notes = [note for note in record.warnings if note != _NOT_AS_DEPLOYED]
-        self._written = owner, replace(record, metrics=metrics, warnings=notes)
-        self.path = write_report(self._written[1], self.path.parent)
+            self._written = weakref.ref(compressor)
+            self.path = write_report(self.record(trainer, compressor), self._folder(trainer))
+        is_ours = self._written is not None and self._written() is compressor and compressor.is_converted
+        if stage == "validate" and is_ours and self.path and _numbers(trainer.callback_metrics, _METRIC):
+            write_report(self.record(trainer, compressor), self.path.parent)
 
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""
         assert self._dense is not None, "the dense model is counted at the start of training"
         plan, dropping, exits, notes = compressor.plan, None, None, []
         metrics: dict[str, float] | None = _numbers(trainer.callback_metrics, _METRIC)
-        if metrics and compressor.is_converted and not self._is_validated:
+        if metrics and compressor.is_converted and self._validated is None:
             metrics, notes = None, [_NOT_AS_DEPLOYED]
+        elif metrics and self._validated is not None and self._validated < trainer.global_step:
+            notes = [_STALE.format(trainer.global_step - self._validated)]
         if compressor.is_converted and has_exits(compressor):
             exits = measure_exits(compressor.model, compressor.dense_skeleton(), self._seen.batches)
         if compressor.is_converted and self._drops:
@@ -203,7 +196,7 @@ class CompressionReport(Callback):
                 notes.append(_NO_TEXTS)
                 warnings.warn(_NO_TEXTS, stacklevel=2)
             else:
-                notes += _missed(_target(plan, compressor), dropping.flops_ratio)
+                notes += dropping.misses(_target(plan, compressor))
         return RunRecord(
             model_type=plan.model_type,
             methods=[{"method": record.method, "config": record.config} for record in plan.methods],
@@ -214,7 +207,7 @@ class CompressionReport(Callback):
             dropping=None if dropping is None else dropping.record,
             exits=None if exits is None else exits.record,
             widths=measure_widths(compressor, self._clock) if compressor.is_converted else None,
-            bits=_bits(plan) if compressor.is_converted else None,
+            bits=BitsRecord.of_plan(plan) if compressor.is_converted else None,
             machine=describe_machine(),
             versions=describe_versions(),
             warnings=notes,
@@ -270,23 +263,6 @@ def _target(plan: CompressionPlan, compressor: Compressor) -> dict[str, Any]:
     if config is not None and default is not None and all(value is None for value in target.values()):
         target[config.default_goal] = default
     return target
-
-
-def _missed(target: Mapping[str, Any], ratio: float) -> list[str]:
-    """Return what to say of a model that spends much more or less on validation texts than it was asked to."""
-    asked = target.get("target_flops")
-    if asked is None or 1.0 / _FAR < ratio / asked < _FAR:
-        return []
-    text = (
-        f"Asked for {asked:.0%} of the FLOPs, but on validation texts the model spends {ratio:.1%}: train longer, or "
-        f"set the dial with choose_threshold_scale(model, batches, target_flops={asked})."
-    )
-    return [text]
-
-
-def _bits(plan: CompressionPlan) -> BitsRecord | None:
-    found = next((record for record in plan.methods if record.method == "block_quantization"), None)
-    return None if found is None else BitsRecord.of(found.structure)
 
 
 def _terms_of(module: LightningModule) -> dict[str, float]:

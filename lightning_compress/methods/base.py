@@ -160,7 +160,7 @@ class MethodHandle(Protocol):
 
     @property
     def is_as_deployed(self) -> bool:
-        """Whether the model, evaluated now, answers as it will once training has ended and it is converted."""
+        """Whether the model, evaluated now, answers as it would if training ended here and it were converted."""
         ...
 
     def open_resources(self) -> None:

@@ -150,8 +150,8 @@ class BottleneckTokenDroppingHandle(HandleDefaults):
 
     @property
     def is_as_deployed(self) -> bool:
-        """Whether the search has ended, and no dial is to be set when training ends."""
-        return self.phase == "recovery" and self.config.max_drop is None
+        """Whether samplers decide, and no dial is to be set when training ends."""
+        return self.phase != "warmup" and self.config.max_drop is None
 
     def auxiliary_groups(self) -> list[AuxiliaryGroup]:
         """The samplers."""

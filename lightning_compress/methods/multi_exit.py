@@ -133,9 +133,8 @@ class MultiExitHandle(HandleDefaults):
 
     @property
     def is_as_deployed(self) -> bool:
-        """Whether exits have learned, and no threshold is to be chosen when training ends."""
-        has_goal = self.config.target_flops is not None or self.config.max_drop is not None
-        return self.phase == "joint" and not has_goal
+        """Whether no threshold is to be chosen when training ends."""
+        return self.config.target_flops is None and self.config.max_drop is None
 
     @property
     def labels(self) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_compress.nn.operator_formats import OperatorUse, uses_of
+from lightning_compress.plan import CompressionPlan
 from lightning_compress.report.fields import count_field, list_field, text_field
 
 __all__ = ["BitsRecord", "OperatorBits"]
@@ -59,9 +60,14 @@ class BitsRecord:
             raise ValueError("field 'operators' is empty: expected one entry for each operator in integers")
 
     @classmethod
-    def of(cls, structure: Mapping[str, Any]) -> "BitsRecord":
-        """Return the part, from the structure that a plan holds of block quantisation."""
-        return cls(operators=tuple(OperatorBits.of(use) for use in uses_of(structure)))
+    def of_plan(cls, plan: CompressionPlan) -> "BitsRecord | None":
+        """Return what a converted model's plan says; None where nothing was quantised."""
+        found = next((record for record in plan.methods if record.method == "block_quantization"), None)
+        return (
+            None
+            if found is None
+            else cls(operators=tuple(OperatorBits.of(use) for use in uses_of(found.structure)))
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BitsRecord":

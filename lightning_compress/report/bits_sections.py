@@ -10,9 +10,9 @@ from lightning_compress.report.record import RunRecord
 __all__ = ["bits"]
 
 _SUMMARY = (
-    "What is listed holds integers, and numbers that share a block share a factor; everything else stayed in floats. "
-    "Inputs are rounded as they arrive. Fewer bits are memory first: for speed open the model with "
-    "load(folder, backend='auto'), and time it with lightning-compress bench."
+    "What is listed holds integers, or is computed in them; numbers that share a block share a factor. Everything else "
+    "stayed in floats. Fewer bits are memory first: for speed open the model with load(folder, backend='auto'), and "
+    "time it with lightning-compress bench."
 )
 
 

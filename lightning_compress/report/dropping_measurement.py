@@ -20,6 +20,8 @@ from lightning_compress.runtime.trial import is_regression
 
 __all__ = ["DroppingMeasurement", "measure_dropping"]
 
+_FAR = 1.4
+"""How far from the target a measured ratio is worth a word."""
 _SHOWN_TEXTS = 12
 _SHORT = 128
 """Texts of at most so many tokens are shown, if there are enough."""
@@ -40,6 +42,17 @@ class DroppingMeasurement(NamedTuple):
     def flops_ratio(self) -> float:
         """What a text costs, over what it costs the dense model."""
         return self.flops / self.dense_flops
+
+    def misses(self, target: Mapping[str, Any]) -> list[str]:
+        """Return what to say of a model that spends much more or less than its target asks, as the only entry."""
+        asked, ratio = target.get("target_flops"), self.flops_ratio
+        if asked is None or 1.0 / _FAR < ratio / asked < _FAR:
+            return []
+        text = (
+            f"Asked for {asked:.0%} of the FLOPs, but on validation texts the model spends {ratio:.1%}: train longer, "
+            f"or set the dial with choose_threshold_scale(model, batches, target_flops={asked})."
+        )
+        return [text]
 
 
 def measure_dropping(

@@ -1,6 +1,6 @@
 """What a run that drops tokens leaves behind for its report: which tokens left where, and what that costs.
 
-A part of `record`; `callbacks/dropping_report.py` fills it, `dropping_sections` reads it.
+A part of `record`; `dropping_measurement` fills it, `dropping_sections` reads it.
 """
 
 import math

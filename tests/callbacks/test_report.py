@@ -19,6 +19,7 @@ from lightning_compress.callbacks import (
     MultiExit,
     SoftThresholdRank,
     WidthSlimming,
+    convert,
 )
 from lightning_compress.nn.flops import count_flops, count_parameters
 from lightning_compress.report import render_run
@@ -97,9 +98,49 @@ def test_validating_another_model_leaves_the_report_alone(tmp_path: Path) -> Non
     report = CompressionReport(str(tmp_path), lengths=[6])
     trainer = toy_trainer(callbacks=[BlockQuantization(), report], max_epochs=1)
     trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    other = ToyModule()
+    toy_trainer(callbacks=[BlockQuantization()], max_steps=1).fit(other, toy_loader())
     before = (tmp_path / "report.json").read_text()
-    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    for module in (ToyModule(), other):
+        trainer.validate(module, toy_loader(), verbose=False)
+        assert (tmp_path / "report.json").read_text() == before
+
+
+def test_a_validation_that_logs_no_metric_leaves_the_report_alone(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[BlockQuantization(start=0.0, ramp_end=0.1), report], max_epochs=1)
+    trainer.fit(module, toy_loader(), toy_loader())
+    before = (tmp_path / "report.json").read_text()
+    assert json.loads(before)["metrics"]["compressed"] is not None
+    module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    trainer.validate(module, toy_loader(), verbose=False)
     assert (tmp_path / "report.json").read_text() == before
+
+
+def test_metrics_of_some_steps_before_the_end_are_said_to_be(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    method = SoftThresholdRank(target_params=0.5, rank_multiple=4)
+    trainer = toy_trainer(callbacks=[method, report], max_epochs=3, check_val_every_n_epoch=2)
+    trainer.fit(module, toy_loader(), toy_loader())
+    data = json.loads((tmp_path / "report.json").read_text())
+    steps = trainer.global_step // 3
+    assert f"Metrics are those of {steps} steps before training ended" in data["warnings"][0]
+    trainer.validate(module, toy_loader(), verbose=False)
+    completed = json.loads((tmp_path / "report.json").read_text())
+    assert completed["warnings"] == [] and completed["steps"] == data["steps"]
+    assert completed["metrics"]["compressed"] != data["metrics"]["compressed"]
+
+
+def test_a_model_that_is_converted_later_is_told_when_it_is_validated(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[BlockQuantization(convert=False), report], max_epochs=1)
+    trainer.fit(module, toy_loader(), toy_loader())
+    assert json.loads((tmp_path / "report.json").read_text())["final"] is None
+    convert(module)
+    trainer.validate(module, toy_loader(), verbose=False)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["final"]["bytes_on_disk"]["compressed"] < data["final"]["bytes_on_disk"]["dense"]
+    assert data["bits"]["operators"][0]["bits"] == 8 and data["metrics"]["compressed"]["val/loss"] > 0
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,23 @@ def test_convert_keeps_the_outputs_and_shrinks_as_counted(case: Case) -> None:
     assert after_it == before_it if case.shrinks == "nothing" else after_it < before_it
 
 
+def test_a_model_as_deployed_answers_as_it_does_once_converted(case: Case) -> None:
+    claims = []
+    for steps in (1, 3, 6, 9, 14, 20):
+        compressor = Compressor(tiny_bert(), [case.compressing])
+        compressor.prepare()
+        for _ in itertools.islice(training_steps(compressor, lambda _: batch(), 20), steps):
+            pass
+        before = logits(compressor.model)
+        claims.append(compressor.is_as_deployed)
+        compressor.convert()
+        if claims[-1]:
+            assert torch.allclose(logits(compressor.model), before, atol=1e-5), f"not so after {steps} steps"
+    assert claims[-1] and claims == sorted(claims)
+    is_itself_at_once = ("bottleneck_token_dropping", "multi_exit", "distillation")
+    assert claims[0] == (case.compressing.stem in is_itself_at_once)
+
+
 def test_restore_and_load_are_bit_equal(case: Case) -> None:
     compressor = trained(case)
     plan = CompressionPlan.from_dict(compressor.convert().to_dict())

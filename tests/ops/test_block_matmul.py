@@ -179,6 +179,16 @@ def test_products_of_integers_are_those_of_floats_bit_for_bit(shape: tuple, bloc
     assert torch.equal(found, block_matmul(a, sa, b, sb, bias, *blocks, "scale"))
 
 
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_rows_may_share_their_memory(which: str):
+    a, sa, b, sb = operands((7, 8, 130), ((1, 0), (1, 0)), seed=1, factor="scale")
+    a, b = (a[:1].expand(7, -1), b) if which == "a" else (a, b[:1].expand(8, -1))
+    expected = block_matmul(a.contiguous(), sa, b.contiguous(), sb, None, (1, 0), (1, 0), "scale")
+    assert torch.equal(block_matmul(a, sa, b, sb, None, (1, 0), (1, 0), "scale"), expected)
+    exact = (a.double() @ b.double().T) * sa.double() * sb.double().T
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_a_processor_that_saturates_or_has_no_such_product_multiplies_floats(monkeypatch):
     probe = reference._is_exact_here.__wrapped__
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)

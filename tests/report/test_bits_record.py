@@ -26,7 +26,8 @@ def test_operators_are_those_of_the_plan():
     assert plan is not None
     blocks = {"block": "all × 16", "factor": "shift"}
     inputs = {"block": "1 × 16", "factor": "shift"}
-    assert BitsRecord.of(plan.methods[0].structure).operators == (
+    found = BitsRecord.of_plan(plan)
+    assert found is not None and found.operators == (
         OperatorBits(operator="linear weights", places=12, bits=4, **blocks),
         OperatorBits(operator="inputs of linears", places=12, bits=8, **inputs),
         OperatorBits(operator="norms", places=5),

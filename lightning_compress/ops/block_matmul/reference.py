@@ -1,8 +1,8 @@
 """What ``block_matmul`` means, in plain torch; also how it runs wherever there is no kernel.
 
-Where the processor multiplies 8-bit integers, it does. Elsewhere they are multiplied as float32, which is exact while a
-sum stays below 2^24: no integer is lost, and products are as fast as those of float32. The next chapter is
-:mod:`lightning_compress.ops.block_matmul.triton_kernel`.
+Two plain matrices of int8 with scales, in blocks that are not too narrow, are multiplied as integers where the
+processor can. Others are multiplied as float32, which is exact while a sum stays below 2^24: no integer is lost, and
+products are as fast as those of float32. The next chapter is :mod:`lightning_compress.ops.block_matmul.triton_kernel`.
 
 Shape legend: M rows of a, N rows of b, K columns of both, D of them in a block; P, Q blocks over rows and columns;
 any dimensions may come before.
@@ -87,7 +87,12 @@ def block_matmul(
     if is_shift:  # powers of two lose nothing: integers and exponents are multiplied at once
         a_MK = block_dequantize(a_MK, a_factor_PQ, a_rows, a_columns)
         b_NK = block_dequantize(b_NK, b_factor_PQ, b_rows, b_columns)
-    if edge < MIN_DEPTH or not _has_integer_product(a_MK, b_NK):
+    if edge >= MIN_DEPTH and _has_integer_product(a_MK, b_NK):
+        a_MK, b_NK = (
+            a_MK.contiguous(),
+            b_NK.contiguous(),
+        )  # rows that share memory would be multiplied wrongly
+    else:
         a_MK, b_NK = a_MK.float(), b_NK.float()
     a_blocks, b_blocks = _over_depth(a_MK, edge), _over_depth(b_NK, edge)
     a_factor_MQ = _over_rows(a_factor_PQ, a_rows, a_MK.shape[-2], len(a_blocks))

@@ -29,8 +29,8 @@ def block_round(x_RC: Tensor, bits: int, block: tuple[int, int], factor: str) ->
         factor: ``"scale"`` or ``"shift"``.
 
     Returns:
-        ``[..., R, C]``, float32, contiguous: what ``block_dequantize`` makes of ``block_quantize``, but that zeros
-        keep the sign of what was rounded to them.
+        ``[..., R, C]``, float32, contiguous: what ``block_dequantize`` makes of ``block_quantize``; the sign of
+        zeros is unspecified.
 
     Raises:
         TypeError: If ``x_RC`` is not floating.
