@@ -14,7 +14,7 @@ it finds them. Rows that the results file already holds are skipped, so the comm
 whole matrix) or ``ROWSxCOLUMNS``; ``--presets w4a8e8`` has tables of 8 bits beside ``w4a8``. Compared is the packed
 model in fp32 with the integer reference on the same texts; ``--limit`` takes so many, spread evenly over the test part,
 and each row tells how many they were. ``lost`` and ``gained`` count the texts that the dense model answers right and
-the quantised one does not, and the other way round.
+the quantised one does not, and the other way round. ``--calibration 16`` rounds weights for so many training batches.
 ``train`` fine-tunes the dense model for some steps more: seeing the rounding from the start and in full from the middle
 (``qat``), in full from a tenth of the steps on (``early``), or not at all until it ends (``after``).
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ import torch
 from latency_rounds import Batch, batches_of
 from lightning.pytorch import seed_everything
 from quantization_figure import draw_sensitivity
-from recipe import TASKS, fit, header, load_model
+from recipe import TASKS, data_of, fit, header, load_model
 from rich.console import Console
 from rich.table import Table
 from rows import append, rows_in
@@ -75,6 +76,8 @@ class Setting:
     operators: str = "all"
     training: str = "none"
     """``"none"``, or for so many steps more one of ``TRAININGS``."""
+    calibration: int = 0
+    """Batches of the training part that weights are rounded for."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``quantize`` and of the callback."""
@@ -93,7 +96,8 @@ class Setting:
         return {**common, "preset": name, "operators": operators}
 
     def __str__(self) -> str:
-        return " ".join(asdict(self).values())
+        words = [str(value) for name, value in asdict(self).items() if name != "calibration"]
+        return " ".join([*words, f"calibrated {self.calibration}"] if self.calibration else words)
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,19 @@ def answers(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 def evaluate(task: str, setting: Setting, limit: int | None) -> Row:
     """Quantise the dense model, and return the row."""
     texts = Texts.of(task, limit)
-    model = lightning_compress.quantize(load_model(folder_of(task, "dense", 0)), **setting.arguments())
+    batches = calibration_batches(task, setting.calibration) if setting.calibration else None
+    dense = load_model(folder_of(task, "dense", 0))
+    model = lightning_compress.quantize(dense, **setting.arguments(), calibration=batches)
     return {**_header(task, setting, 0, limit), **texts.compare(answers(model, texts.batches))}
+
+
+def calibration_batches(task: str, count: int) -> list[Batch]:
+    """Return the first batches of the training part, in an order drawn by seed 0."""
+    seed_everything(0, verbose=False)
+    data = data_of(task)
+    data.prepare_data()
+    data.setup("fit")
+    return list(itertools.islice(data.train_dataloader(), count))
 
 
 def train(task: str, setting: Setting, limit: int | None, steps: int, seed: int) -> Row:
@@ -273,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     operators = SINGLE if args.command == "sensitivity" else tuple(args.operators)
     trainings = tuple(args.training) if args.command == "train" else ("none",)
     settings = [
-        Setting(preset, block, factor, operator, training)
+        Setting(preset, block, factor, operator, training, getattr(args, "calibration", 0))
         for operator in operators
         for block in args.blocks
         for factor in args.factors
@@ -310,6 +325,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--limit", type=int, help="texts to answer, spread over the test part; all by default"
             )
+    commands.choices["evaluate"].add_argument(
+        "--calibration", type=int, default=0, help="batches of 32 training texts to round weights for"
+    )
     commands.choices["train"].add_argument(
         "--training", nargs="+", default=["qat", "after"], choices=TRAININGS
     )

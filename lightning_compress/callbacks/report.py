@@ -44,7 +44,7 @@ _NO_TEXTS = (
 )
 
 
-_VALIDATE = "call trainer.validate(module, ...), without ckpt_path, on this trainer after fit, and the report is completed"
+_VALIDATE = "call trainer.validate(module, ...), without ckpt_path, on this trainer after fit: it completes the report"
 _NOT_AS_DEPLOYED = (
     f"Validation ran before the model became what it is, so its metrics are not known: {_VALIDATE}"
 )

@@ -1,4 +1,4 @@
-"""Quantise a model that is there: one call, without training and without data.
+"""Quantise a model that is there: one call, without training, and without data or with a few batches.
 
 The same at the end of a run, or trained for, is the callback ``BlockQuantization``; what becomes of the model is in
 :mod:`lightning_compress.methods.block_quantization`.
@@ -6,9 +6,10 @@ The same at the end of a run, or trained for, is the callback ``BlockQuantizatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_compress.compressor import Compressor
@@ -17,10 +18,13 @@ from lightning_compress.methods.block_quantization import BlockQuantizationConfi
 from lightning_compress.nn.anatomy import find_transformer
 from lightning_compress.nn.block_format import Factor
 from lightning_compress.nn.block_quantization import QuantizationGate
+from lightning_compress.nn.compensated_rounding import compensated_weight, gather_moments
 from lightning_compress.nn.dropping import DroppingEncoder
 from lightning_compress.nn.operator_formats import Preset
+from lightning_compress.nn.quantized_places import check_finite, find_places
 from lightning_compress.nn.rounded_attention import RoundedAttention
 from lightning_compress.nn.soft_threshold_rank import SoftThresholdLinear
+from lightning_compress.nn.surgery import dense_weight, get_module, unwrap_adapter
 from lightning_compress.nn.width_slimming import WidthGates
 
 __all__ = ["quantize"]
@@ -39,13 +43,15 @@ def quantize(
     operators: Sequence[str] | str = Config.operators,
     exclude: Sequence[str] = Config.exclude,
     bits: Mapping[str, int] | Sequence[str] = Config.bits,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> Model:
     """Hold the weights of a model in blocks of few bits, and let it multiply integers; in place.
 
-    Nothing is trained and no data is needed: factors of activations are found anew for every input. The model may have
-    been compressed before, by any other method of this library; its plan, which ``save_pretrained`` writes, tells it.
-    Settings are those of :class:`~lightning_compress.methods.block_quantization.BlockQuantizationConfig`, which lists
-    what each may be.
+    Nothing is trained and no data is needed: factors of activations are found anew for every input. In 4 bits a few
+    batches help nevertheless: with them, weights of linears are rounded such that the outputs suffer least. The model
+    may have been compressed before, by any other method of this library; its plan, which ``save_pretrained`` writes,
+    tells it. Settings are those of :class:`~lightning_compress.methods.block_quantization.BlockQuantizationConfig`,
+    which lists what each may be.
 
     Args:
         model: A transformers model of a known family, or any module that holds one. LoRA adapters around its linears
@@ -56,15 +62,20 @@ def quantize(
         operators: What is quantised; ``"all"`` for everything that can be.
         exclude: Which modules stay as they are.
         bits: Where bits differ from the preset's, such as ``{"embedding": 4}``.
+        calibration: Batches that the model is run over first, as mappings of what it is called with, such as
+            ``itertools.islice(train_loader, 16)``; all are used, labels are not. See
+            :func:`~lightning_compress.nn.compensated_rounding.compensated_weight`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: If a setting is out of its range, the model is quantised already, is in training form, or something
-            in it cannot be quantised. It is as it was then.
+        ValueError: If a setting is out of its range, the model is quantised already, is in training form, something
+            in it cannot be quantised, or calibration saw nothing. It is as it was then.
+        TypeError: If a batch is no mapping.
 
     Paper: BBCT (arXiv 2303.09184) and BCT (arXiv 2304.01483), "without retraining"; BCT-style, our own design.
+    Calibration is GPTQ's (arXiv 2210.17323), which those papers do not have.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -85,9 +96,36 @@ def quantize(
         )
     compressor = Compressor(transformer, [config], plan=plan_of(model))
     compressor.prepare()
+    if calibration is not None:
+        _calibrate(transformer, config, calibration)
     attach_plan(model, compressor.convert())
     compressor.forget_stale()
     return model
+
+
+@torch.no_grad()
+def _calibrate(transformer: nn.Module, config: Config, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Change weights of linears such that rounding them does the least harm to what batches put out."""
+    form = config.formats.weight
+    if form is None:
+        raise ValueError(
+            f"calibration is for weights of linears, and operators={list(config.operators)} leave them as they are: "
+            "leave it out"
+        )
+    places = find_places(transformer, config.formats, config.exclude)
+    check_finite(transformer, places)
+    paths = places["linears"]
+    adapted = [path for path in paths if unwrap_adapter(transformer, path) != path]
+    if adapted:
+        raise ValueError(
+            f"there is an adapter around {adapted[0]}, and calibration is for weights that are whole: merge adapters "
+            "first (merge_and_unload of peft), or quantise without calibration"
+        )
+    moments = gather_moments(transformer, paths, batches)
+    weights = {path: dense_weight(get_module(transformer, path)) for path in paths}
+    rounded = {path: compensated_weight(weight, moments.pop(path), form) for path, weight in weights.items()}
+    for path, weight in weights.items():
+        weight.copy_(rounded[path])
 
 
 def _training_forms(transformer: nn.Module) -> Iterator[str]:

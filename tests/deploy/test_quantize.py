@@ -6,11 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from lightning_compress import load, pack, plan_of, quantize, save_pretrained
 from lightning_compress.callbacks import BlockQuantization, MultiExit, SoftThresholdRank, WidthSlimming
+from lightning_compress.nn.anatomy import describe
 from lightning_compress.nn.quantized_linear import QuantizedLinear
+from lightning_compress.nn.surgery import get_module
 from tests.toys import ToyModule, tiny_bert, toy_loader, toy_trainer
 
 IDS = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 3]])
@@ -119,6 +128,71 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         quantize(model)
     table[3, 0] = kept
     assert list(model.state_dict()) == names and torch.equal(answer(model), before) and plan_of(model) is None
+
+
+def texts(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {"input_ids": torch.randint(3, 20, (8, 6), generator=generator), "labels": torch.zeros(8).long()}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("block", ["row", (1, 8), (4, 4)], ids=str)
+def test_with_calibration_outputs_of_linears_are_nearer(block: Any, tmp_path: Path) -> None:
+    dense, plain, calibrated = (tiny_bert(initializer_range=0.3).eval() for _ in range(3))
+    quantize(plain, "w4a8", block=block, operators=["linear"])
+    quantize(calibrated, "w4a8", block=block, operators=["linear"], calibration=iter(texts(4)))
+    with torch.no_grad():
+        truth, *found = (
+            torch.cat([model(input_ids=batch["input_ids"]).logits for batch in texts(4)])
+            for model in (dense, plain, calibrated)
+        )
+    assert (found[1] - truth).norm() < 0.9 * (found[0] - truth).norm()
+    assert plan_of(calibrated) == plan_of(plain)
+    save_pretrained(calibrated, tmp_path)
+    assert torch.equal(answer(load(tmp_path)), answer(calibrated))
+
+
+GPT2 = GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=20, n_positions=16)
+LLAMA = LlamaConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
+)
+
+
+def test_calibration_is_for_what_is_quantised_of_any_family() -> None:
+    for model in (GPT2LMHeadModel(GPT2).eval(), LlamaForCausalLM(LLAMA).eval()):
+        batches = [{"input_ids": batch["input_ids"]} for batch in texts(2)]
+        excluded = describe(model).linears[0].path
+        before = get_module(model, excluded).weight.detach().clone()
+        quantize(model, "w4a8", exclude=[excluded], calibration=batches)
+        assert torch.equal(get_module(model, excluded).weight, before)
+        with torch.no_grad():
+            assert bool(model(**batches[0]).logits.isfinite().all())
+
+
+def test_calibration_that_is_refused_leaves_the_model_as_it_was() -> None:
+    model = tiny_bert().eval()
+    before = answer(model)
+    nan = [{"inputs_embeds": torch.full((1, 3, 32), torch.nan)}]
+    for settings, message in (
+        ({"calibration": []}, "there is no batch"),
+        ({"calibration": nan}, "NaN or infinite"),
+        ({"calibration": texts(1), "operators": ["embedding"]}, r"operators=\['embedding'\] leave them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize(model, "w4a8", **settings)  # type: ignore[arg-type]
+        assert torch.equal(answer(model), before) and plan_of(model) is None
+    quantize(model, "w4a8", calibration=texts(1))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_calibration_wants_adapters_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"adapter around .*query.*merge_and_unload"):
+        quantize(model, "w4a8", calibration=texts(1))
+    quantize(model.merge_and_unload(), "w4a8", calibration=texts(1))
 
 
 def test_what_is_not_finite_can_be_excluded() -> None:
