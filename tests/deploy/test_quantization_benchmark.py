@@ -56,6 +56,36 @@ def test_a_setting_is_what_quantize_takes(script, setting, expected):
     BlockQuantizationConfig(**arguments)
 
 
+def test_weights_rounded_for_some_batches_have_rows_of_their_own(script, results, monkeypatch):
+    asked = []
+
+    def batches(task: str, count: int) -> list[dict[str, torch.Tensor]]:
+        asked.append((task, count))
+        return [{"input_ids": torch.arange(3, 15).view(2, 6)}] * count
+
+    monkeypatch.setattr(script, "calibration_batches", batches)
+    command = [
+        "evaluate",
+        "--presets",
+        "w4a4",
+        "--blocks",
+        "row",
+        "--factors",
+        "scale",
+        "--operators",
+        "linear",
+    ]
+    for more in ([], ["--calibration", "2"], ["--calibration", "2"]):
+        script.main([*command, *more])
+    assert asked == [("sst2", 2)]
+    assert [row["variant"] for row in results] == [
+        "w4a4 row scale linear none",
+        "w4a4 row scale linear none calibrated 2",
+    ]
+    assert [row["calibration"] for row in results] == [0, 2]
+    assert results[0]["logit_error"] != results[1]["logit_error"]
+
+
 def test_what_is_there_is_not_measured_again(script, results, capsys):
     command = ["evaluate", "--presets", "w8a8", "w4a4", "--blocks", "row", "1x16", "--factors", "scale"]
     script.main([*command, "--operators", "linear"])
