@@ -18,6 +18,7 @@ from lightning_compress.callbacks.exit_report import ExitMeasurement, has_exits,
 from lightning_compress.callbacks.session import session_of, training_progress
 from lightning_compress.callbacks.width_report import calibration_clock, measure_widths
 from lightning_compress.compressor import Compressor
+from lightning_compress.deploy import plan_of
 from lightning_compress.methods.width_batches import PassClock
 from lightning_compress.plan import CompressionPlan
 from lightning_compress.report import (
@@ -47,6 +48,10 @@ _NO_TEXTS = (
 _VALIDATE = "call trainer.validate(module, ...), without ckpt_path, on this trainer after fit: it completes the report"
 _NOT_AS_DEPLOYED = (
     f"Validation ran before the model became what it is, so its metrics are not known: {_VALIDATE}"
+)
+_OTHER = (
+    "The model was compressed further after fit, such as by quantize, and the report stays as fit left it: compare the "
+    "metrics by hand, or let BlockQuantization do it in the run"
 )
 _STALE = f"Metrics are those of {{}} steps before training ended: {_VALIDATE}"
 
@@ -176,8 +181,17 @@ class CompressionReport(Callback):
             self._written = weakref.ref(compressor)
             self.path = write_report(self.record(trainer, compressor), self._folder(trainer))
         is_ours = self._written is not None and self._written() is compressor and compressor.is_converted
-        if stage == "validate" and is_ours and self.path and _numbers(trainer.callback_metrics, _METRIC):
-            write_report(self.record(trainer, compressor), self.path.parent)
+        if (
+            stage != "validate"
+            or not is_ours
+            or not self.path
+            or not _numbers(trainer.callback_metrics, _METRIC)
+        ):
+            return
+        if plan_of(compressor.model) != compressor.plan:
+            warnings.warn(_OTHER, stacklevel=2)
+            return
+        write_report(self.record(trainer, compressor), self.path.parent)
 
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""
@@ -235,6 +249,9 @@ class CompressionReport(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         root = trainer.log_dir or trainer.default_root_dir
         return Path(self.directory) if self.directory is not None else Path(root) / "compression_report"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_written": None}
 
     @override
     def state_dict(self) -> dict[str, Any]:

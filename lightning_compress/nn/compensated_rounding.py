@@ -51,7 +51,10 @@ def compensated_weight(
         ``[N, K]`` in the dtype of the weights: integers times factors. Rounding it again changes nothing in float32.
 
     Raises:
-        ValueError: If weights or moments are not finite (weights on CPU).
+        ValueError: If weights (on CPU) or moments are not finite, or the damping is not positive.
+
+    Departs from the paper: the largest element of each block stays, so that the same factors are found again; columns
+    are taken in their order; moments are those of the model before anything of it is rounded.
 
     Paper: GPTQ (arXiv 2210.17323): with ``U`` the upper Cholesky factor of ``(X^T X + damping)^-1``, columns after k
     change by ``-(w_k - q_k) / U_kk * U_k``.
@@ -65,6 +68,10 @@ def compensated_weight(
         raise ValueError(
             "moments of the inputs are NaN or infinite: calibrate with batches that the model can read"
         )
+    if not damping > 0.0:
+        raise ValueError(
+            f"damping={damping} is not positive: inputs that depend on each other need some, e.g. 0.01"
+        )
     left_NK, upper_KK = weight_NK.float().clone(), _upper_factor(moment_KK, damping)
     step_NK, pinned_NK = _grid(left_NK, form)
     held_NK, num_columns = torch.empty_like(left_NK), left_NK.shape[1]
@@ -72,7 +79,8 @@ def compensated_weight(
         stop = min(start + _CHUNK, num_columns)
         error_NC = torch.empty_like(left_NK[:, start:stop])
         for k in range(start, stop):
-            integer_N = (left_NK[:, k] / step_NK[:, k]).round().clamp(-form.largest, form.largest)
+            divisor_N = torch.where(step_NK[:, k] > 0, step_NK[:, k], 1.0)
+            integer_N = (left_NK[:, k] / divisor_N).round().clamp(-form.largest, form.largest)
             held_NK[:, k] = torch.where(pinned_NK[:, k] != 0, pinned_NK[:, k], integer_N) * step_NK[:, k]
             error_NC[:, k - start] = (left_NK[:, k] - held_NK[:, k]) / upper_KK[k, k]
             left_NK[:, k + 1 : stop] -= error_NC[:, k - start, None] * upper_KK[k, k + 1 : stop]
@@ -90,16 +98,18 @@ def _upper_factor(moment_KK: Tensor, damping: float) -> Tensor:
 
 
 def _grid(weight_NK: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Steps of all elements, and the integers of those that have to stay for the same factors to be found again."""
+    """Steps of all elements, and the integers of those that have to stay for the same factors to be found again.
+
+    Blocks of zeros have steps of zero: they stay zeros.
+    """
     payload_NK, factors = block_quantize(weight_NK, form.bits, form.block, form.factor)
     ones_NK = torch.ones_like(payload_NK)
-    step_NK = block_dequantize(ones_NK, factors, form.block)
-    step_NK = torch.where(step_NK > 0, step_NK, 1.0)
+    amax_FG = split_blocks(weight_NK.abs(), *form.block).amax(dim=(-3, -1))
+    amax_NK = block_dequantize(ones_NK, amax_FG, form.block)
+    step_NK = torch.where(amax_NK > 0, block_dequantize(ones_NK, factors, form.block), 0.0)
     if form.factor == "shift":  # should a smaller exponent be found, it holds the same numbers
         return step_NK, torch.zeros_like(step_NK)
-    amax_FG = split_blocks(weight_NK.abs(), *form.block).amax(dim=(-3, -1))
-    is_largest_NK = weight_NK.abs() == block_dequantize(ones_NK, amax_FG, form.block)
-    return step_NK, (payload_NK * is_largest_NK).float()
+    return step_NK, (payload_NK * (weight_NK.abs() == amax_NK)).float()
 
 
 @torch.no_grad()
@@ -108,56 +118,103 @@ def gather_moments(
 ) -> dict[str, Tensor]:
     """Run a model over batches, and return ``X^T X`` of the inputs of linears, float32 ``[K, K]``, by path.
 
-    Padding does not count. All moments are held at once, ``4 K^2`` bytes for each linear.
+    Padding does not count: where a batch has some, its texts run one by one, without it. All moments are held at once,
+    ``4 K^2`` bytes for each linear.
 
     Args:
-        model: A transformers model; its mode stays as it was.
+        model: A transformers model; each of its modules is in its mode again afterwards.
         paths: Of the linears.
-        batches: What the model is called with; labels and what it does not know are left out. All are used.
+        batches: What the model is called with, tensors by name; labels and what it does not know are left out. All are
+            used. An ``attention_mask`` is ``[B, T]``, zero where padding is.
 
     Raises:
         TypeError: If a batch is no mapping.
-        ValueError: If there is no batch, or a linear did not run.
+        ValueError: If there is no batch, one holds nothing that the model knows or another kind of mask, a linear did
+            not run, or its inputs are not finite.
     """
+    if isinstance(batches, Mapping):
+        raise TypeError("calibration is one batch: put it into a list, calibration=[batch]")
     moments: dict[str, Tensor] = {}
-    known = set(inspect.signature(model.forward).parameters) - {"labels"}
-    device, was_training = next(model.parameters()).device, model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    f"a calibration batch is a {type(batch).__name__}: give mappings of what the model is called "
-                    "with, such as {'input_ids': ..., 'attention_mask': ...}"
-                )
-            given = {
-                name: v.to(device) for name, v in batch.items() if name in known and isinstance(v, Tensor)
-            }
-            with _watched(model, paths, given.get("attention_mask"), moments):
-                model(**given)
+        with _watched(model, paths, moments):
+            for batch in batches:
+                for given in _texts(_known(model, batch)):
+                    model(**given)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     missing = [path for path in paths if path not in moments]
     if missing:
         reason = f"no text came as far as {missing[0]}" if moments else "there is no batch"
         raise ValueError(
             f"calibration saw too little: {reason}. Give more batches, or exclude what does not run"
         )
+    unusable = [path for path in paths if not bool(moments[path].isfinite().all())]
+    if unusable:
+        raise ValueError(
+            f"calibration found inputs of {unusable[0]} that are NaN, infinite or too large to be squared: look at the "
+            "weights before it and at the batches, or exclude it"
+        )
     return moments
 
 
+def _known(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """What of a batch the model is to be called with, where the model is."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a calibration batch is a {type(batch).__name__}: give mappings of what the model is called with, such as "
+            "{'input_ids': ..., 'attention_mask': ...}"
+        )
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    device = next(model.parameters()).device
+    given = {
+        name: value.to(device)
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and name != "labels" and (name in names or not names)
+    }
+    if not given:
+        raise ValueError(
+            f"a calibration batch holds {sorted(batch)}, of which the model knows no tensor: its inputs are "
+            f"{sorted(names)[:8]}"
+        )
+    mask = batch.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "attention_mask of a calibration batch is no tensor [B, T]: give one with zeros where padding is, or none"
+        )
+    return given
+
+
+def _texts(given: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield a batch without padding as it is, and the texts of another one by one, cut to what they are."""
+    mask_BT = given.get("attention_mask")
+    if mask_BT is None or bool((mask_BT != 0).all()):
+        yield given
+        return
+    for row in range(len(mask_BT)):
+        is_text_T = mask_BT[row] != 0
+        if bool(is_text_T.any()):
+            yield {name: _cut(value, row, is_text_T, mask_BT.shape) for name, value in given.items()}
+
+
+def _cut(value: Tensor, row: int, is_text_T: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if value.shape[:2] == shape:
+        return value[row : row + 1, is_text_T]
+    return value[row : row + 1] if value.shape[:1] == shape[:1] else value
+
+
 @contextmanager
-def _watched(
-    model: nn.Module, paths: Sequence[str], mask_BT: Tensor | None, moments: dict[str, Tensor]
-) -> Iterator[None]:
-    """Add up the inputs of linears while a batch runs."""
+def _watched(model: nn.Module, paths: Sequence[str], moments: dict[str, Tensor]) -> Iterator[None]:
+    """Add up the inputs of linears while the model runs."""
 
     def watcher(path: str) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            is_padded = mask_BT is not None and x.shape[:-1] == mask_BT.shape
-            x_MK = (x[mask_BT.bool()] if is_padded else x.flatten(0, -2)).float()  # type: ignore[union-attr]
-            moments.setdefault(path, x_MK.new_zeros(2 * x_MK.shape[1:])).addmm_(x_MK.T, x_MK)
+            x_MK = args[0].flatten(0, -2).float()
+            if len(x_MK):
+                moments.setdefault(path, x_MK.new_zeros(2 * x_MK.shape[1:])).addmm_(x_MK.T, x_MK)
 
         return add
 

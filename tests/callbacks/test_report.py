@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from lightning_compress import save_pretrained
+from lightning_compress import quantize, save_pretrained
 from lightning_compress.callbacks import (
     BlockQuantization,
     CompressionCallback,
@@ -115,6 +116,25 @@ def test_a_validation_that_logs_no_metric_leaves_the_report_alone(tmp_path: Path
     module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
     trainer.validate(module, toy_loader(), verbose=False)
     assert (tmp_path / "report.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lambda: WidthSlimming(heads=2, end=0.5), lambda: SoftThresholdRank(target_params=0.5, rank_multiple=4)],
+    ids=["widths", "ranks"],
+)
+def test_a_model_that_was_compressed_further_after_fit_is_not_reported_on(
+    tmp_path: Path, method: Callable[[], CompressionCallback]
+) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[method(), report], max_epochs=2)
+    trainer.fit(module, toy_loader(), toy_loader())
+    before = (tmp_path / "report.json").read_text()
+    quantize(module, "w4a8")
+    with pytest.warns(UserWarning, match="compressed further after fit"):
+        trainer.validate(module, toy_loader(), verbose=False)
+    assert (tmp_path / "report.json").read_text() == before
+    pickle.dumps(report)
 
 
 def test_metrics_of_some_steps_before_the_end_are_said_to_be(tmp_path: Path) -> None:
