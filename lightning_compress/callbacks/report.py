@@ -43,8 +43,6 @@ _NO_TEXTS = (
     "No validation batch with input_ids was seen, so the report cannot show which tokens leave, and FLOPs are those of "
     "the last training passes: give the trainer validation data as dicts of model inputs"
 )
-
-
 _VALIDATE = "call trainer.validate(module, ...), without ckpt_path, on this trainer after fit: it completes the report"
 _NOT_AS_DEPLOYED = (
     f"Validation ran before the model became what it is, so its metrics are not known: {_VALIDATE}"
@@ -180,18 +178,19 @@ class CompressionReport(Callback):
         if stage == "fit":
             self._written = weakref.ref(compressor)
             self.path = write_report(self.record(trainer, compressor), self._folder(trainer))
+        elif stage == "validate":
+            self._write_again(trainer, compressor)
+
+    def _write_again(self, trainer: Trainer, compressor: Compressor) -> None:
+        """Write the report of the model anew that the last one was about, with the metrics there are now."""
         is_ours = self._written is not None and self._written() is compressor and compressor.is_converted
-        if (
-            stage != "validate"
-            or not is_ours
-            or not self.path
-            or not _numbers(trainer.callback_metrics, _METRIC)
-        ):
+        if self.path is None or not is_ours or not _numbers(trainer.callback_metrics, _METRIC):
             return
-        if plan_of(compressor.model) != compressor.plan:
+        found = plan_of(compressor.model)
+        if found is not None and found != compressor.plan:
             warnings.warn(_OTHER, stacklevel=2)
-            return
-        write_report(self.record(trainer, compressor), self.path.parent)
+        else:
+            write_report(self.record(trainer, compressor), self.path.parent)
 
     def record(self, trainer: Trainer, compressor: Compressor) -> RunRecord:
         """Return everything noted so far as a record."""

@@ -17,6 +17,7 @@ from lightning_compress.callbacks import (
     CompressionCallback,
     CompressionReport,
     ContributionTokenDropping,
+    Distillation,
     MultiExit,
     SoftThresholdRank,
     WidthSlimming,
@@ -93,6 +94,15 @@ def test_metrics_of_a_model_before_it_was_rounded_are_not_those_of_the_integers(
     measured = completed["metrics"]["compressed"]["val/loss"]
     assert measured == float(trainer.callback_metrics["val/loss"]) != of_floats
     assert f"{measured:.4g}" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_leaves_no_trace_in_the_model_is_reported_on_again(tmp_path: Path) -> None:
+    module, report = ToyModule(), CompressionReport(str(tmp_path), lengths=[6])
+    trainer = toy_trainer(callbacks=[Distillation(start=0.3), report], max_epochs=2)
+    trainer.fit(module, toy_loader(), toy_loader())
+    (tmp_path / "report.json").unlink()
+    trainer.validate(module, toy_loader(), verbose=False)
+    assert json.loads((tmp_path / "report.json").read_text())["metrics"]["compressed"]["val/loss"] > 0
 
 
 def test_validating_another_model_leaves_the_report_alone(tmp_path: Path) -> None:
