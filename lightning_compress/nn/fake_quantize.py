@@ -44,7 +44,7 @@ def fake_quantize(x_RC: Tensor, form: BlockFormat) -> Tensor:
         ValueError: If it has less than two dimensions or, on CPU, an element that is not finite.
 
     Example:
-        >>> x = torch.tensor([[1.0, -0.3, 6.4]], requires_grad=True)
+        >>> x = torch.tensor([[1.0, 0.3, 6.4]], requires_grad=True)
         >>> held = fake_quantize(x, BlockFormat(bits=4, factor="shift"))
         >>> held.tolist(), torch.autograd.grad(held.sum(), x)[0].tolist()
         ([[1.0, 0.0, 6.0]], [[1.0, 1.0, 1.0]])
