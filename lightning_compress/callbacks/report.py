@@ -120,18 +120,15 @@ class CompressionReport(Callback):
             return
         sizes = [value for name, value in compressor.metrics().items() if name.endswith("/size_ratio")]
         size = sizes[0] if len(sizes) == 1 else self._dense.size_ratio(compressor.model)
-        flops_ratio = self._dense.flops_ratio(compressor.model)
-        handle, of_tokens = dropping_handle(compressor), {}
-        if handle is not None:
-            kept, of_tokens = dropping_in_step(handle, batch)
-            flops_ratio *= kept
+        handle = dropping_handle(compressor)
+        kept, of_tokens = (1.0, {}) if handle is None else dropping_in_step(handle, batch)
         self._steps.append(
             StepRecord(
                 step=step,
                 progress=training_progress(trainer, pl_module, batch_idx + 1),
                 phase=" + ".join(handle.phase for handle in compressor.handles.values()),
                 size_ratio=size,
-                flops_ratio=flops_ratio,
+                flops_ratio=self._dense.flops_ratio(compressor.model, kept),
                 ranks=ranks_of(compressor.model),
                 loss=_numbers(trainer.callback_metrics, _LOSS) | _terms_of(pl_module),
                 **of_tokens,
@@ -242,7 +239,7 @@ class CompressionReport(Callback):
         assert self._dense is not None
         spent = None if measured is None else (measured.dense_flops, measured.flops)
         if measured is None and self._drops:
-            spent = self._dense.flops, self._steps[-1].flops_ratio * self._dense.flops
+            spent = self._dense.spent(self._steps[-1].flops_ratio)
         return self._dense.against(compressor.model, compressor.dense_skeleton(), spent)
 
     def _folder(self, trainer: Trainer) -> Path:

@@ -48,7 +48,7 @@ def quantize(
     """Hold the weights of a model in blocks of few bits, and let it multiply integers; in place.
 
     Nothing is trained and no data is needed: factors of activations are found anew for every input. In 4 bits a few
-    batches help nevertheless: with them, weights of linears are rounded such that the outputs suffer least. The model
+    batches can help nevertheless: weights of linears are then rounded such that the outputs suffer least. The model
     may have been compressed before, by any other method of this library; its plan, which ``save_pretrained`` writes,
     tells it. Settings are those of :class:`~lightning_compress.methods.block_quantization.BlockQuantizationConfig`,
     which lists what each may be.

@@ -63,11 +63,9 @@ class BitsRecord:
     def of_plan(cls, plan: CompressionPlan) -> "BitsRecord | None":
         """Return what a converted model's plan says; None where nothing was quantised."""
         found = next((record for record in plan.methods if record.method == "block_quantization"), None)
-        return (
-            None
-            if found is None
-            else cls(operators=tuple(OperatorBits.of(use) for use in uses_of(found.structure)))
-        )
+        if found is None:
+            return None
+        return cls(operators=tuple(OperatorBits.of(use) for use in uses_of(found.structure)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BitsRecord":

@@ -33,9 +33,18 @@ class DenseCounts(NamedTuple):
         """Return the share of the linears' weights that a model has, as it would be deployed."""
         return count_parameters(model).linear / self.scopes.linear
 
-    def flops_ratio(self, model: nn.Module) -> float:
-        """Return the share of the FLOPs that a model spends, as it would be deployed."""
-        return count_flops(model, self.lengths).total / self.flops
+    def flops_ratio(self, model: nn.Module, kept: float = 1.0) -> float:
+        """Return the share of the FLOPs that a model spends, as it would be deployed.
+
+        Args:
+            model: The model.
+            kept: What it spends of its own FLOPs, where tokens leave.
+        """
+        return kept * count_flops(model, self.lengths).total / self.flops
+
+    def spent(self, ratio: float) -> tuple[float, float]:
+        """Return the FLOPs of the dense model, and those of one that spends this share of them."""
+        return self.flops, ratio * self.flops
 
     def against(
         self, model: nn.Module, dense: nn.Module, spent: tuple[float, float] | None = None

@@ -29,7 +29,7 @@ MIN_ROWS = 32
 """Rows at once of each matrix, however many matrices there are: products of fewer are slow."""
 
 MIN_DEPTH = 64
-"""Columns of a block from which products of integers are faster than those of floats."""
+"""Columns of a block below which integers are multiplied as floats."""
 
 _int_mm: Any = getattr(torch, "_int_mm", None)  # it is not exported
 
@@ -88,10 +88,8 @@ def block_matmul(
         a_MK = block_dequantize(a_MK, a_factor_PQ, a_rows, a_columns)
         b_NK = block_dequantize(b_NK, b_factor_PQ, b_rows, b_columns)
     if edge >= MIN_DEPTH and _has_integer_product(a_MK, b_NK):
-        a_MK, b_NK = (
-            a_MK.contiguous(),
-            b_NK.contiguous(),
-        )  # rows that share memory would be multiplied wrongly
+        # rows that share memory would be multiplied wrongly
+        a_MK, b_NK = a_MK.contiguous(), b_NK.contiguous()
     else:
         a_MK, b_NK = a_MK.float(), b_NK.float()
     a_blocks, b_blocks = _over_depth(a_MK, edge), _over_depth(b_NK, edge)
@@ -194,7 +192,7 @@ def _has_integer_product(a_MK: Tensor, b_NK: Tensor) -> bool:
 
 @cache
 def _is_exact_here() -> bool:
-    """Whether this processor multiplies 8-bit integers fast, and saturates nowhere on the way: those before VNNI do."""
+    """Whether this processor multiplies 8-bit integers, and saturates nowhere on the way: those before VNNI do."""
     if _int_mm is None or not torch.cpu._is_vnni_supported():
         return False
     extreme_MK = torch.full((32, 256), 127, dtype=torch.int8)
