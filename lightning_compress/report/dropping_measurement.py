@@ -5,7 +5,6 @@
 Shape legend: B sequences, T padded length, L layers.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from lightning_compress.nn.kept_flops import DroppingCosts
 from lightning_compress.report.dropping_record import DialRecord, DroppingRecord, TokenText
 from lightning_compress.runtime import PackedEncoder, packed_encoder
 from lightning_compress.runtime.dial import sweep_threshold_scale
-from lightning_compress.runtime.trial import is_regression
+from lightning_compress.runtime.trial import inputs_of, is_regression, kept_counts
 
 __all__ = ["DroppingMeasurement", "measure_dropping"]
 
@@ -107,14 +106,13 @@ class _Pass(NamedTuple):
 
 @torch.no_grad()
 def _run(model: nn.Module, encoder: PackedEncoder, batch: Mapping[str, Tensor]) -> _Pass:
-    names, device = set(inspect.signature(model.forward).parameters) - {"labels"}, _device(model)
-    logits_BC = model(**{n: v.to(device) for n, v in batch.items() if n in names}).logits
+    logits_BC = model(**inputs_of(model, batch)).logits
     ids_BT, mask_BT = batch["input_ids"], batch.get("attention_mask")
     real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     entered = torch.zeros(ids_BT.numel(), dtype=torch.long)
     for segments in encoder.latest:
         entered[segments.origin_N.cpu()] += 1
-    kept_BL = torch.stack([segments.lengths_B for segments in encoder.latest], dim=1).cpu()
+    kept_BL = kept_counts(encoder).cpu()
     labels_B = batch.get("labels")
     return _Pass(
         ids_BT,
@@ -192,7 +190,3 @@ def _curve(
 def _scale_of(encoder: PackedEncoder) -> float | None:
     scale = getattr(encoder.policy, "scale", None)
     return float(scale) if isinstance(scale, Tensor) else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
